@@ -1,0 +1,143 @@
+"""Plain torch twins of the launchers: `<op>_ref` takes the same arguments and runs on any device.
+
+They define what a kernel must compute, and they are what a CPU runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimgemm.kernels.formats import (
+    BYTE_WEIGHTS,
+    Packed24,
+    byte_table,
+    check_pattern,
+    check_shapes,
+    packed_shapes,
+    position_table,
+    values_per_byte,
+)
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
+
+
+def activate(z: Tensor, act: str) -> Tensor:
+    """The activation `act` (one of ACTIVATIONS; relu2 is relu squared) of `z`."""
+    if act == "none":
+        return z
+    if act == "relu":
+        return F.relu(z)
+    if act == "gelu":
+        return F.gelu(z)
+    if act == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if act == "silu":
+        return F.silu(z)
+    if act == "relu2":
+        return F.relu(z).square()
+    raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+
+def check_dense(w: Tensor) -> None:
+    """Raise ValueError unless `w` is a floating matrix."""
+    if w.ndim != 2 or not w.dtype.is_floating_point:
+        raise ValueError(f"weight must be a floating matrix [N, K], got {w.dtype} {list(w.shape)}")
+
+
+def raise_not_packable(keep: int, group: int, groups: int, count: int, first: int, nonzeros: int) -> None:
+    """Raise the error of a weight that has more than `keep` non-zeros in a group.
+
+    Args:
+        groups: groups per row; first: row-major number of the first bad group; count: bad groups in all.
+        nonzeros: non-zeros in the first bad group.
+    """
+    row, g = divmod(first, groups)
+    raise ValueError(
+        f"weight is not {keep}:{group}: row {row}, columns {g * group}-{g * group + group - 1} hold "
+        f"{nonzeros} nonzeros ({count} such groups in all); prune it first (slimgemm.pruning.plan)"
+    )
+
+
+def _kept_mask(w: Tensor, keep: int, group: int) -> Tensor:
+    """bool, shape of `w` [N, groups, group]: the `keep` largest |w|, NaN above all, ties to the lower index."""
+    order = w.abs().sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(w, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
+
+
+def _pack(w: Tensor, keep: int, group: int, prune: bool) -> Packed24:
+    check_dense(w)
+    check_pattern(keep, group)
+    n, k = w.shape
+    (_, stored), (_, columns) = packed_shapes(n, k, keep, group)
+    groups = F.pad(w.detach(), (0, columns * BYTE_WEIGHTS - k)).view(n, -1, group)
+    kept = _kept_mask(groups, keep, group)
+    if not prune:
+        bad = ((groups != 0) & ~kept).any(-1).reshape(-1)
+        if bool(bad.any()):
+            first = int(bad.int().argmax())
+            nonzeros = int((groups.reshape(-1, group)[first] != 0).sum())
+            raise_not_packable(keep, group, groups.shape[1], int(bad.sum()), first, nonzeros)
+    values = groups[kept].view(n, stored) + 0.0  # + 0.0 turns -0.0 into +0.0
+    bits = kept.view(n, columns, BYTE_WEIGHTS) << torch.arange(BYTE_WEIGHTS, device=w.device)
+    mask = bits.sum(-1).to(torch.int32)
+    meta = byte_table(keep, group).to(w.device).index_select(0, mask.view(-1)).view(n, columns)
+    return Packed24(values, meta, k, keep, group)
+
+
+def pack_24_ref(w: Tensor, keep: int = 2, group: int = 4) -> Packed24:
+    """Twin of pack_24: dense [N, K] that already is keep:group -> Packed24."""
+    return _pack(w, keep, group, prune=False)
+
+
+def prune_24_ref(w: Tensor, keep: int = 2, group: int = 4) -> Packed24:
+    """Twin of prune_24: keep the `keep` largest |w| of each group and pack them."""
+    return _pack(w, keep, group, prune=True)
+
+
+def prune_dense_24_ref(w: Tensor, keep: int = 2, group: int = 4) -> Tensor:
+    """Twin of prune_dense_24: `w` with the dropped weights of each group set to +0.0."""
+    return unpack_24_ref(prune_24_ref(w, keep, group))
+
+
+def unpack_24_ref(packed: Packed24) -> Tensor:
+    """Twin of unpack_24: Packed24 -> dense [N, k]."""
+    check_shapes(packed)
+    values, meta, k, keep, group = packed
+    table = position_table(keep, group).to(meta.device)
+    positions = table.index_select(0, meta.reshape(-1).int())  # [N * columns, values per byte]
+    lanes = values.new_zeros(positions.shape[0], BYTE_WEIGHTS)
+    dense = lanes.scatter_(1, positions, values.reshape(-1, values_per_byte(keep, group)))
+    return dense.view(values.shape[0], -1)[:, :k]
+
+
+def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
+    """The entries of a dense [N, k] at the kept positions of `packed`: [N, stored], 0 in the padding."""
+    _, meta, k, keep, group = packed
+    table = position_table(keep, group).to(meta.device)
+    positions = table.index_select(0, meta.reshape(-1).int())
+    padded = F.pad(dense, (0, meta.shape[1] * BYTE_WEIGHTS - k))
+    return padded.reshape(-1, BYTE_WEIGHTS).gather(1, positions).view(packed.values.shape)
+
+
+def spmm_24_ref(
+    x: Tensor, w: Packed24, bias: Tensor | None = None, scale: Tensor | None = None, act: str = "none"
+) -> Tensor:
+    """Twin of spmm_24: act((x @ dense(w).T) * scale + bias), x [..., k] -> [..., N]."""
+    dense = unpack_24_ref(w)
+    if scale is None:
+        return activate(F.linear(x, dense, bias), act)
+    z = F.linear(x, dense) * scale.to(x.dtype)
+    return activate(z if bias is None else z + bias, act)
+
+
+def spmm_24_dgrad_ref(dy: Tensor, w: Packed24) -> Tensor:
+    """Twin of spmm_24_dgrad: dy [..., N] @ dense(w) -> [..., k]."""
+    return dy @ unpack_24_ref(w)
+
+
+def spmm_24_wgrad_ref(dy: Tensor, x: Tensor, w: Packed24) -> Tensor:
+    """Twin of spmm_24_wgrad: (dy.T @ x) at the kept positions of `w`, [N, stored]."""
+    dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return gather_24_ref(dw, w)
