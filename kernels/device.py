@@ -7,13 +7,17 @@ its rank names, or zero. Reads 1.125 bytes for 2 dense ones at 2:4 in 16 bits.
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 # Triton's name of each dtype that a kernel takes.
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def check_operand(name: str, tensor: torch.Tensor, device: torch.device | None = None) -> None:
@@ -22,7 +26,7 @@ def check_operand(name: str, tensor: torch.Tensor, device: torch.device | None =
         raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} as the other operands, got {tensor.device}")
-    if not tensor.is_cuda and not INTERPRETED:
+    if not tensor.is_cuda and not INTERPRETED.value:
         raise ValueError(
             f"{name} must be on a GPU, got {tensor.device}; slimgemm.kernels runs CPU tensors"
         )
@@ -72,6 +76,15 @@ def expand(
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in fp32."""
+    if INTERPRETED:
+        # The interpreter (triton 3.6 to 3.9) multiplies the bit patterns of bf16 as integers.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def epilogue(acc, ACT: tl.constexpr):
     """The activation ACT of the fp32 accumulator; formulas as torch.nn.functional has them."""
     if ACT == "relu":
@@ -89,3 +102,104 @@ def epilogue(acc, ACT: tl.constexpr):
         acc = tl.where(acc < 0.0, 0.0, acc)
         acc = acc * acc
     return acc
+
+
+@triton.jit
+def load_packed(
+    v_ptr, m_ptr, offs_n, first_byte, N, columns,
+    BLOCK_K: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Values [rows, BLOCK_K * KEEP / GROUP] and meta [rows, BLOCK_K / 8] of rows `offs_n` (int64).
+
+    `first_byte` is the tile's first column of meta. Rows and columns past the end read as zero
+    weights with any metadata, so what they add is zero.
+    """
+    STORED: tl.constexpr = 8 * KEEP // GROUP
+    offs_v = first_byte * STORED + tl.arange(0, BLOCK_K // 8 * STORED)
+    offs_b = first_byte + tl.arange(0, BLOCK_K // 8)
+    rows = (offs_n < N)[:, None]
+    values = tl.load(
+        v_ptr + offs_n[:, None] * (columns * STORED) + offs_v[None, :],
+        mask=rows & (offs_v < columns * STORED)[None, :],
+        other=0.0,
+    )
+    meta = tl.load(
+        m_ptr + offs_n[:, None] * columns + offs_b[None, :],
+        mask=rows & (offs_b < columns)[None, :],
+        other=0,
+    )
+    return values, meta
+
+
+@triton.jit
+def store_kept(
+    v_ptr, m_ptr, dense, offs_n, first_byte, N, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Store a dense fp32 tile [ROWS, COLUMNS] at the kept positions only; the inverse of `expand`."""
+    BYTES: tl.constexpr = COLUMNS // 8
+    STORED: tl.constexpr = 8 * KEEP // GROUP
+    offs_b = first_byte + tl.arange(0, BYTES)
+    mask = (offs_n < N)[:, None] & (offs_b < columns)[None, :]
+    where = offs_n[:, None] * columns + offs_b[None, :]
+    meta = tl.load(m_ptr + where, mask=mask, other=0).to(tl.int32)
+    lane = tl.arange(0, 8)[None, None, :]
+    kept, rank = byte_lanes(meta[:, :, None], lane, KEEP, GROUP)
+    lanes = tl.reshape(dense, (ROWS, BYTES, 8))
+    for s in tl.static_range(STORED):
+        value = tl.sum(tl.where(kept & (rank == s), lanes, 0.0), axis=2)
+        tl.store(v_ptr + where * STORED + s, value.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_offsets(offs_m, inner, stride_outer, stride_inner):
+    """int64 offset of each row of an operand whose rows are numbered over two axes, [outer, inner]."""
+    rows = offs_m.to(tl.int64)
+    return rows // inner * stride_outer + rows % inner * stride_inner
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot for a linear layer: tf32 if the caller allowed it in torch.backends."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def conv_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot for a convolution: tf32 if the caller allowed it in torch.backends."""
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+class Rows(NamedTuple):
+    """An operand [..., columns] seen as rows numbered over two axes; `row_offsets` reads it."""
+
+    tensor: torch.Tensor
+    count: int
+    inner: int
+    stride_outer: int
+    stride_inner: int
+    stride_column: int
+
+
+def as_rows(x: torch.Tensor) -> Rows:
+    """`x` [..., columns] as Rows, without a copy unless its leading axes need three or more strides."""
+    axes = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
+    merged: list[tuple[int, int]] = []
+    for size, stride in axes:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        return as_rows(x.contiguous())
+    count = x.numel() // x.shape[-1] if x.shape[-1] else math.prod(x.shape[:-1])
+    outer, inner = ([(1, 0)] * (2 - len(merged))) + merged
+    return Rows(x, count, max(inner[0], 1), outer[1], inner[1], x.stride(-1))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 in the interpreter, where nothing runs side by side."""
+    return 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count

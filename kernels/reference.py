@@ -141,3 +141,26 @@ def spmm_24_wgrad_ref(dy: Tensor, x: Tensor, w: Packed24) -> Tensor:
     """Twin of spmm_24_wgrad: (dy.T @ x) at the kept positions of `w`, [N, stored]."""
     dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return gather_24_ref(dw, w)
+
+
+def output_error(got: Tensor, exact: Tensor) -> float:
+    """Largest difference over the largest magnitude of `exact` (float64); NaN where `got` has one."""
+    if got.numel() == 0:
+        return 0.0
+    scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((got.double() - exact).abs().max() / scale)
+
+
+def allowed_error(dense: Tensor, exact: Tensor, slack: float = 2.0) -> float:
+    """The tolerance rule: `slack` x the error that torch's dense op makes in the same dtype.
+
+    Torch's error counts as at least one rounding of the output, and one of an fp32 sum: small
+    products can be exact by luck.
+
+    Args:
+        dense: torch's result in the dtype under test; exact: the same in float64.
+    """
+    rounding = max(torch.finfo(dense.dtype).eps / 2, torch.finfo(torch.float32).eps)
+    if dense.dtype == torch.float64:
+        rounding = torch.finfo(torch.float64).eps
+    return slack * max(output_error(dense, exact), rounding)
