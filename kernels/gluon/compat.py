@@ -1,10 +1,10 @@
 """Names that moved between Triton 3.6 and 3.9; nothing else in this package knows a version.
 
-    name here        3.6                            3.7                          3.8          3.9
-    barrier          thread_barrier                 barrier                      barrier      barrier
-    cp_async         async_copy_global_to_shared    async_copy_global_to_shared  async_load   async_load
-    tma_load         async_copy_global_to_shared    async_copy_global_to_shared  async_load   async_load
-    tma_store        async_copy_shared_to_global    async_copy_shared_to_global  async_store  async_store
+    name here     3.6                           3.7           3.8            3.9
+    barrier       thread_barrier                barrier       barrier        barrier
+    cp_async      async_copy_global_to_shared   as 3.6        async_load     async_load
+    tma_load      async_copy_global_to_shared   as 3.6        async_load     async_load
+    tma_store     async_copy_shared_to_global   as 3.6        async_store    async_store
 
 Looked up by presence, not by version number, newest name first (3.9 keeps the old names as stubs
 that raise). Shared memory has no address in Gluon before 3.9's `gl.inline_asm`; the address that
@@ -13,8 +13,6 @@ works on all of them is the symbol `global_smem`, at which the largest allocatio
 """
 
 from __future__ import annotations
-
-import re
 
 import triton
 from triton.experimental.gluon import language as gl

@@ -1,6 +1,6 @@
 """Hardware orders of a 2:4 weight: where every bit lies for mma.sp and for wgmma.sp.
 
-Both instructions multiply a compressed A by a dense B. Lane = 4 g + t (g = lane // 4, t = lane % 4).
+Both multiply a compressed A by a dense B. Lane = 4 g + t (g = lane // 4, t = lane % 4).
 
 mma.sp m16n8k32, 16-bit types: a warp holds A as a compressed 16 x 16 tile. One b32 register is two
 values; half h (0 = low 16 bits) of register r of a lane is
@@ -10,18 +10,18 @@ values; half h (0 = low 16 bits) of register r of a lane is
 `MmaSp.values[tile, block, step, lane, r]`: rows 16 tile..., dense columns 256 block + 32 step...
 A lane reads its four registers of a step in one 16-byte load.
 
-Metadata: one b32 per lane feeds two steps. The step with selector 0 reads it from the lanes with t in
-{0, 1}, selector 1 from t in {2, 3}. With c = 16 (t % 2) the lane's first dense column of the step:
+Metadata: one b32 per lane feeds two steps. The step with selector 0 reads it from the lanes with t
+in {0, 1}, selector 1 from t in {2, 3}. With c = 16 (t % 2), its first column of the step:
 
     bits  0-15   row g,      columns c ... c + 15: four nibbles, first group lowest
     bits 16-31   row g + 8,  the same columns
 
-A nibble is that of the canonical format: bits 0-1 the first kept position, bits 2-3 the second, so a
-word is the canonical bytes [row g: 2 bytes][row g + 8: 2 bytes], lowest first.
-`MmaSp.meta[tile, block, lane, j]`: steps 2 j (selector 0) and 2 j + 1 (selector 1). A lane reads the
-four words of a 256-column block in one 16-byte load.
+A nibble is that of the canonical format: bits 0-1 the first kept position, bits 2-3 the second. So
+a word is the canonical bytes [row g: 2 bytes][row g + 8: 2 bytes], lowest first.
+`MmaSp.meta[tile, block, lane, j]`: steps 2 j (selector 0) and 2 j + 1 (selector 1). A lane reads
+the four words of a 256-column block in one 16-byte load.
 
-Worked word: tile 0, block 0, lane 5 (g = 1, t = 1), j = 0. Step 0, row 1 and row 9, columns 16-31:
+Worked word: tile 0, block 0, lane 5 (g = 1, t = 1), j = 0. Step 0, rows 1 and 9, columns 16-31:
 canonical bytes meta[1, 2:4] = 44 E9 and meta[9, 2:4] = 94 4E (hex) give the word 0x4E94E944.
 
 wgmma.sp m64nNk32: the values stay canonical, [N, K/2] row-major, read by TMA (only the row pitch is
@@ -29,8 +29,8 @@ padded to 16 bytes). The metadata map is the mma.sp one for the 16 rows of each 
 `WgmmaSp.meta[tile, block, group, thread, j]`: rows 128 tile + 64 group + 16 (thread // 32) + ...,
 dense columns 128 block + ..., word j for steps 2 j and 2 j + 1 of the block's four.
 
-Padding, inside, at pack time: rows to the tile and K to the block, with values +0.0 and the metadata
-byte 0x44 (positions 0 and 1 twice), because a zero nibble is not ascending and the ordered form of
+Padding, inside, at pack time: rows to the tile and K to the block, with values +0.0 and the byte
+0x44 of metadata (positions 0 and 1 twice): a zero nibble is not ascending, and the ordered form of
 the instruction leaves its result undefined.
 
 torch's CUTLASS order (int16 metadata) is the same words in another sequence:
@@ -79,7 +79,7 @@ class WgmmaSp(NamedTuple):
     """A 2:4 weight as wgmma.sp reads it.
 
     Args:
-        values: float16 | bfloat16 [n, ceil(k/16) * 8], row-major, canonical; a row is whole 16-byte units.
+        values: float16 | bfloat16 [n, ceil(k/16) * 8], canonical; a row is whole 16-byte units.
         meta: int32 [ceil(n/128), ceil(k/128), 2, 128, 2]: tile, block, warpgroup, thread, word.
         n, k: rows and dense columns before padding.
     """
@@ -93,13 +93,15 @@ class WgmmaSp(NamedTuple):
 def _checked(packed: Packed24) -> None:
     check_shapes(packed)
     if (packed.keep, packed.group) != (2, 4):
-        raise ValueError(f"keep:group must be 2:4 for a tensor core, got {packed.keep}:{packed.group}")
+        raise ValueError(
+            f"keep:group must be 2:4 for a tensor core, got {packed.keep}:{packed.group}"
+        )
     if packed.values.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"values must be float16 or bfloat16, got {packed.values.dtype}")
 
 
 def _padded(packed: Packed24, rows: int, block_k: int) -> tuple[Tensor, Tensor]:
-    """values and meta of `packed`, padded to whole tiles of `rows` and whole blocks of `block_k`."""
+    """values and meta of `packed`, padded to whole tiles of `rows` and blocks of `block_k`."""
     n, k = packed.shape
     pad_rows = -n % rows
     pad_bytes = (k + -k % block_k) // 8 - packed.meta.shape[1]
@@ -117,7 +119,7 @@ def _meta_to_words(meta: Tensor, tiles: int, blocks: int, words: int) -> Tensor:
     """uint8 [16 tiles, 8 words blocks] -> int32 [tiles, blocks, 32 lanes, words]."""
     # row half, g | block, word, selector, t % 2, byte of a half word
     parts = meta.view(tiles, 2, 8, blocks, words, 2, 2, 2)
-    ordered = parts.permute(0, 3, 2, 5, 6, 4, 1, 7).contiguous()
+    ordered = parts.permute(0, 3, 2, 5, 6, 4, 1, 7).reshape(-1, 4)
     return ordered.view(torch.int32).view(tiles, blocks, 32, words)
 
 
@@ -139,7 +141,7 @@ def to_mma_sp(packed: Packed24) -> MmaSp:
     tiles, blocks = values.shape[0] // MMA_ROWS, 2 * values.shape[1] // MMA_BLOCK_K
     # r % 2, g | block, step, r // 2, t, h
     parts = values.view(torch.int16).view(tiles, 2, 8, blocks, 8, 2, 4, 2)
-    ordered = parts.permute(0, 3, 4, 2, 6, 5, 1, 7).contiguous()
+    ordered = parts.permute(0, 3, 4, 2, 6, 5, 1, 7).reshape(-1, 2)
     registers = ordered.view(torch.int32).view(tiles, blocks, 8, 32, 4)
     words = _meta_to_words(meta, tiles, blocks, 4)
     return MmaSp(registers, words, *packed.shape, packed.values.dtype)
@@ -191,7 +193,7 @@ def to_cutlass_meta(packed: Packed24) -> Tensor:
         raise ValueError(f"weight must be [32 i, 32 j] for CUTLASS metadata, got [{n}, {k}]")
     # block of 32 rows, tile, row half, g | step, t, byte
     parts = packed.meta.view(n // 32, 2, 2, 8, k // 32, 2, 2)
-    ordered = parts.permute(4, 0, 3, 1, 5, 2, 6).contiguous()
+    ordered = parts.permute(4, 0, 3, 1, 5, 2, 6).reshape(-1, 4)
     return ordered.view(torch.int16).view(n, k // 16)
 
 
