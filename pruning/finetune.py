@@ -1,0 +1,102 @@
+"""finetune: a plain training loop with a progress bar; masks stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from slimgemm.pruning.inputs import run
+from slimgemm.pruning.masks import keep_masks, masked_modules
+
+
+def finetune(
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
+    epochs: int,
+    *,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
+    clip: float | None = None,
+    after_epoch: Callable[[int, float], None] | None = None,
+    show: bool = True,
+) -> list[float]:
+    """Train in place; where the model carries masks, they are kept.
+
+    Args:
+        model: trained in training mode; every module's own flag comes back afterwards.
+        optimizer: over the model's parameters.
+        loader: yields (inputs, target); inputs as for `plan`, moved to the device of the model.
+        loss: (outputs, target) -> scalar.
+        epochs: passes over the loader.
+        scheduler: stepped once an epoch.
+        penalty: added to the loss, as pruning.regularise.L1(1e-5).
+        clip: largest norm of all gradients together, or None.
+        after_epoch: called with (epoch, mean loss).
+        show: a progress bar on a terminal or log.
+
+    Returns:
+        Mean loss of each epoch.
+
+    Raises:
+        ValueError: epochs is negative, the loader is empty, or the loss is not finite (the epoch
+            and step are named).
+    """
+    if epochs < 0:
+        raise ValueError(f"epochs must be 0 or more, got {epochs}")
+    if any(True for _ in masked_modules(model)):
+        keep_masks(optimizer, model)
+    device = next(model.parameters()).device
+    flags = [(module, module.training) for module in model.modules()]
+    means: list[float] = []
+    from rich.progress import Progress
+
+    try:
+        model.train()
+        with Progress(disable=not show) as bar:
+            steps = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+            total = None if steps is None else steps * epochs
+            task = bar.add_task("fine-tune", total=total)
+            for epoch in range(epochs):
+                losses = []
+                for step, (inputs, target) in enumerate(loader):
+                    optimizer.zero_grad()
+                    value = loss(run(model, _to(inputs, device)), _to(target, device))
+                    full = value if penalty is None else value + penalty(model)
+                    if not bool(torch.isfinite(full)):
+                        raise ValueError(
+                            f"loss is {float(full)} in epoch {epoch}, step {step}; lower the "
+                            "learning rate or clip the gradients"
+                        )
+                    full.backward()
+                    if clip is not None:
+                        nn.utils.clip_grad_norm_(model.parameters(), clip)
+                    optimizer.step()
+                    losses.append(float(value.detach()))
+                    bar.update(task, advance=1, description=f"epoch {epoch}, loss {losses[-1]:.4f}")
+                if not losses:
+                    raise ValueError("the loader is empty, nothing was trained")
+                means.append(sum(losses) / len(losses))
+                if scheduler is not None:
+                    scheduler.step()
+                if after_epoch is not None:
+                    after_epoch(epoch, means[-1])
+    finally:
+        for module, training in flags:
+            module.training = training
+    return means
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(item, device) for item in value)
+    return value

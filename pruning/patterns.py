@@ -1,0 +1,284 @@
+"""Patterns: which weights are dropped together, and how a mask is cut from scores.
+
+A pattern reads scores as a tensor [rows, taps, columns]: a linear weight [N, K] is [N, 1, K], a
+convolution weight [O, I, kh, kw] is [O, kh * kw, I], so groups run along the input channels at a
+fixed tap (kh, kw), the order of the NHWC implicit GEMM. In a grouped convolution I is the number
+of input channels of one group. A score never knows a pattern: a pattern sums the scores of the
+weights that it drops together.
+
+Masks are bool, True = kept. Of equal scores the one at the lower index is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOWEST = float("-inf")
+INDEX_BYTES = 4  # one int32 column index per kept unit, block or vector
+
+
+def rows_of(weight: Tensor) -> Tensor:
+    """[N, K] or [O, I, kh, kw] as [rows, taps, columns]; a view where the strides allow it."""
+    if weight.ndim == 2:
+        return weight.unsqueeze(1)
+    o, i = weight.shape[:2]
+    return weight.flatten(2).transpose(1, 2).reshape(o, -1, i)
+
+
+def like_weight(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """[rows, taps, columns] back in the layout of a weight of this shape; inverse of `rows_of`."""
+    if len(shape) == 2:
+        return rows.squeeze(1)
+    return rows.transpose(1, 2).reshape(shape)
+
+
+def keep_highest(scores: Tensor, keep: int) -> Tensor:
+    """bool like `scores`: the `keep` highest along the last axis; ties go to the lower index."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
+    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(
+        -1, order, torch.ones_like(order, dtype=torch.bool)
+    )
+
+
+def _pad(rows: Tensor, r: int, c: int, value: float) -> Tensor:
+    """Pad [rows, taps, columns] at the end, to whole blocks of r rows and c columns."""
+    return torch.nn.functional.pad(
+        rows, (0, -rows.shape[2] % c, 0, 0, 0, -rows.shape[0] % r), value=value
+    )
+
+
+class Pattern:
+    """What every pattern answers. Subclasses are frozen dataclasses; they combine with any score.
+
+    A unit is what is dropped together. `share` is the dropped share that the pattern itself fixes,
+    or None where an amount decides.
+    """
+
+    share: float | None = None
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot take the pattern, or None."""
+        if len(shape) in (2, 4):
+            return None
+        return f"a weight of {len(shape)} dimensions is neither a matrix nor a 2-D convolution"
+
+    def units(self, scores: Tensor) -> Tensor:
+        """[units]: the sum of the scores of each unit, in ascending order of place."""
+        raise NotImplementedError
+
+    def expand(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """bool [units] as a mask of the weight's shape."""
+        raise NotImplementedError
+
+    def mask(self, scores: Tensor, drop: int) -> Tensor:
+        """bool, shape of `scores`: all but the `drop` units of the lowest score."""
+        units = self.units(scores)
+        return self.expand(keep_highest(units, units.numel() - drop), tuple(scores.shape))
+
+    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
+        """Bytes of the kept weights and of what says where they are."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NofM(Pattern):
+    """Keep `keep` of every `group` weights along the input channels; 2:4 is NofM(keep=2, group=4).
+
+    Where `group` does not divide the number of input channels the last group is treated as padded
+    with zeros: it keeps at most `keep` of the weights it has.
+
+    Args:
+        keep: weights kept per group, 1 <= keep < group.
+        group: weights per group.
+
+    Raises:
+        ValueError: keep is not in 1 .. group-1.
+    """
+
+    keep: int = 2
+    group: int = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < self.group:
+            raise ValueError(
+                f"NofM keeps 1 to group-1 weights of each group, got keep={self.keep}, "
+                f"group={self.group}; keep counts the weights that stay"
+            )
+
+    @property
+    def share(self) -> float:  # type: ignore[override]
+        """Dropped share, 1 - keep / group."""
+        return 1 - self.keep / self.group
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.group}"
+
+    def units(self, scores: Tensor) -> Tensor:
+        """One unit per weight: [weights], in the order of the weight's memory."""
+        return scores.flatten()
+
+    def mask(self, scores: Tensor, drop: int = 0) -> Tensor:
+        """bool, shape of `scores`; `drop` is not read, the pattern fixes it."""
+        rows = rows_of(scores)
+        padded = _pad(rows, 1, self.group, LOWEST).unflatten(2, (-1, self.group))
+        kept = keep_highest(padded, self.keep).flatten(2)[..., : rows.shape[2]]
+        return like_weight(kept, scores.shape).contiguous()
+
+    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
+        """Packed: `keep` values per group, one bit per weight for 1 byte per 8; K padded to 8."""
+        rows = rows_of(mask)
+        columns = rows.shape[1] * (-(-rows.shape[2] // 8) * 8)
+        values = rows.shape[0] * -(-columns * self.keep // self.group)
+        return values * itemsize + rows.shape[0] * columns // 8
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """Each weight alone: the lowest scores of the layer go, wherever they are."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def units(self, scores: Tensor) -> Tensor:
+        """One unit per weight: [weights], in the order of the weight's memory."""
+        return scores.flatten()
+
+    def expand(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """bool [weights] as a mask of the weight's shape."""
+        return kept.reshape(shape)
+
+    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
+        """Kept values, and one bit for every weight of the dense tensor."""
+        return int(mask.sum()) * itemsize + -(-mask.numel() // 8)
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Blocks of `r` output rows by `c` input channels, at a fixed tap of a convolution.
+
+    Blocks at the lower and right edge may be partial; they compete with their sum as it is.
+
+    Args:
+        r: rows (out features) per block.
+        c: columns (in features) per block.
+    """
+
+    r: int
+    c: int
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.c < 1:
+            raise ValueError(f"a block has at least one row and column, got {self.r} x {self.c}")
+
+    def __str__(self) -> str:
+        return f"block {self.r}x{self.c}"
+
+    def units(self, scores: Tensor) -> Tensor:
+        """[blocks]: sums, ordered by block row, tap, block column."""
+        padded = _pad(rows_of(scores), self.r, self.c, 0.0)
+        blocks = padded.unflatten(2, (-1, self.c)).unflatten(0, (-1, self.r))
+        return blocks.sum(dim=(1, 4)).flatten()
+
+    def expand(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """bool [blocks] as a mask of the weight's shape."""
+        n, taps, k = (*rows_shape(shape),)
+        blocks = kept.reshape(-(-n // self.r), taps, -(-k // self.c))
+        rows = blocks.repeat_interleave(self.r, 0).repeat_interleave(self.c, 2)
+        return like_weight(rows[:n, :, :k], shape).contiguous()
+
+    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
+        """Kept values and a 4-byte column index per kept block."""
+        blocks = int((self.units(mask.float()) > 0).sum())
+        return int(mask.sum()) * itemsize + blocks * INDEX_BYTES
+
+
+@dataclass(frozen=True)
+class Vector(Pattern):
+    """A row of a convolution kernel (kw weights), or `length` weights along K of a matrix.
+
+    Args:
+        length: weights per vector of a linear layer; convolutions do not read it.
+    """
+
+    length: int = 8
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"a vector has at least one weight, got length={self.length}")
+
+    def __str__(self) -> str:
+        return f"vector {self.length}"
+
+    def units(self, scores: Tensor) -> Tensor:
+        """[vectors]: sums, in the order of the weight's memory."""
+        if scores.ndim == 4:
+            return scores.sum(dim=3).flatten()
+        return Block(1, self.length).units(scores)
+
+    def expand(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """bool [vectors] as a mask of the weight's shape."""
+        if len(shape) == 4:
+            return kept.reshape(*shape[:3], 1).expand(shape).contiguous()
+        return Block(1, self.length).expand(kept, shape)
+
+    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
+        """Kept values and a 4-byte index per kept vector."""
+        vectors = int((self.units(mask.float()) > 0).sum())
+        return int(mask.sum()) * itemsize + vectors * INDEX_BYTES
+
+
+@dataclass(frozen=True)
+class Kernel(Pattern):
+    """A 2-D slice [kh, kw] of a convolution: the connection of one input to one output channel."""
+
+    def __str__(self) -> str:
+        return "kernel"
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        """Only convolutions have kernels."""
+        return None if len(shape) == 4 else "a linear layer has no 2-D kernels; use Block or Vector"
+
+    def units(self, scores: Tensor) -> Tensor:
+        """[O * I]: sums over kh and kw."""
+        return scores.sum(dim=(2, 3)).flatten()
+
+    def expand(self, kept: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """bool [O * I] as a mask [O, I, kh, kw]."""
+        return kept.reshape(*shape[:2], 1, 1).expand(shape).contiguous()
+
+    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
+        """Kept values and a 4-byte index per kept kernel."""
+        kernels = int(mask.flatten(2).any(2).sum())
+        return int(mask.sum()) * itemsize + kernels * INDEX_BYTES
+
+
+@dataclass(frozen=True)
+class Channels(Pattern):
+    """Whole channels; the layers really shrink (pruning.channels).
+
+    Args:
+        multiple_of: widths that remain are rounded up to a multiple of this.
+        floor: channels that always remain in a coupled group.
+    """
+
+    multiple_of: int = 1
+    floor: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1 or self.floor < 1:
+            raise ValueError(
+                f"multiple_of and floor are at least 1, got {self.multiple_of} and {self.floor}"
+            )
+
+    def __str__(self) -> str:
+        return "channels" if self.multiple_of == 1 else f"channels, multiple of {self.multiple_of}"
+
+
+def rows_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(rows, taps, columns) of a weight of this shape."""
+    if len(shape) == 2:
+        return shape[0], 1, shape[1]
+    return shape[0], shape[2] * shape[3], shape[1]

@@ -1,0 +1,371 @@
+"""plan: decide what to drop, show it, then do it or raise before anything changes.
+
+    plan(model, ...) -> Plan -> print(plan) -> plan.apply(model)
+
+`plan` reads the model and leaves it as it was. `Plan.apply` checks that the model is still the one
+that was planned, then writes zeros (and masks) or shrinks channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimgemm.pruning import channels, report
+from slimgemm.pruning.allocate import Amount, Uniform, Units
+from slimgemm.pruning.cost import ENERGY, Cost, EnergyTable, LayerCost, count_macs
+from slimgemm.pruning.coupling import Coupling
+from slimgemm.pruning.inputs import Inputs
+from slimgemm.pruning.layers import Layer, check_finite, digest, find_layers
+from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask, set_mask, unpack_mask
+from slimgemm.pruning.patterns import LOWEST, Channels, Pattern
+from slimgemm.pruning.scores import Context, Function, Magnitude, Score
+from slimgemm.pruning.trace import trace
+
+SHARE_DIGITS = 1e-6  # an amount equals the share that a pattern fixes up to this
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the plan says about one layer.
+
+    Args:
+        name, kind: dotted name; "linear", "conv2d" or a class name.
+        shape, dtype: of the weight.
+        digest: sha256 of the weight that was planned; None where the layer is left alone.
+        mask: what is kept, for patterns inside a layer; None for Channels.
+        kept_out, kept_in: int64 positions on the present axes 0 and 1 that Channels keeps.
+        weight: the weight to write, where the score updates kept weights; None otherwise.
+        refusal: why the layer is left alone, or None.
+        kept: share of weights kept.
+        dense_bytes, pruned_bytes: of the weight; pruned in the pattern's storage.
+        macs, pruned_macs: of one forward of the example inputs.
+        energy_pj, pruned_energy_pj: of the same forward, relative (see pruning.cost).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    digest: str | None = None
+    mask: PackedMask | None = None
+    kept_out: Tensor | None = None
+    kept_in: Tensor | None = None
+    weight: Tensor | None = None
+    refusal: str | None = None
+    kept: float = 1.0
+    dense_bytes: int = 0
+    pruned_bytes: int = 0
+    macs: int = 0
+    pruned_macs: int = 0
+    energy_pj: float = 0.0
+    pruned_energy_pj: float = 0.0
+
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        """Shape of the weight after Channels; the dense shape for every other pattern."""
+        shape = list(self.shape)
+        if self.kept_out is not None:
+            shape[0] = self.kept_out.numel()
+        if self.kept_in is not None:
+            shape[1] = self.kept_in.numel()
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A decision about every layer; made by `plan`.
+
+    Args:
+        entries: one LayerPlan per module that owns a matrix, in the model's order.
+        pattern, score, seed: what `plan` was asked.
+        energy: name of the energy table.
+        notes: lines that the table prints below itself.
+        surgery: what Channels cuts, over all parameters and buffers; None for other patterns.
+    """
+
+    entries: tuple[LayerPlan, ...]
+    pattern: Pattern
+    score: str
+    seed: int
+    energy: str
+    notes: tuple[str, ...] = ()
+    surgery: channels.Surgery | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return report.plan_table(self)
+
+    def __getitem__(self, name: str) -> LayerPlan:
+        """The entry of a layer by its dotted name."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise KeyError(name)
+
+    @property
+    def pruned(self) -> tuple[LayerPlan, ...]:
+        """Entries that `apply` will change."""
+        return tuple(entry for entry in self.entries if entry.refusal is None)
+
+    @property
+    def refused(self) -> tuple[LayerPlan, ...]:
+        """Entries that are left alone, each with its reason."""
+        return tuple(entry for entry in self.entries if entry.refusal is not None)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError unless every planned weight of the model is the one that was planned."""
+        modules = dict(model.named_modules())
+        for entry in self.pruned:
+            weight = getattr(modules.get(entry.name), "weight", None)
+            if not isinstance(weight, Tensor):
+                raise ValueError(
+                    f"{entry.name} is not in this model; make a plan for the model that you prune"
+                )
+            if tuple(weight.shape) != entry.shape or weight.dtype != entry.dtype:
+                raise ValueError(
+                    f"{entry.name}.weight was {entry.dtype} {list(entry.shape)} when planned, is "
+                    f"{weight.dtype} {list(weight.shape)}; make a new plan"
+                )
+            if digest(weight) != entry.digest:
+                raise ValueError(
+                    f"{entry.name}.weight changed after the plan was made; make a new plan"
+                )
+
+    def apply(self, model: nn.Module) -> None:
+        """Prune the model in place, exactly as planned.
+
+        Masked weights become +0.0 and their modules carry `kept_weights` (see pruning.masks);
+        channels are cut out of every tensor, and their modules carry `kept_in` and `kept_out`.
+
+        Raises:
+            ValueError: the model is not as it was planned, or channel surgery could not be proved;
+                the model is unchanged then.
+        """
+        self.check(model)
+        if self.surgery is not None:
+            channels.apply_surgery(model, self.surgery)
+            return
+        modules = dict(model.named_modules())
+        for entry in self.pruned:
+            assert entry.mask is not None
+            module = modules[entry.name]
+            if entry.weight is not None:
+                assert isinstance(module.weight, Tensor)
+                with torch.no_grad():
+                    module.weight.copy_(entry.weight)
+            set_mask(module, unpack_mask(entry.mask))
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """A seed for one layer, from the plan's seed and the layer's name; stable across machines."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    pattern: Pattern,
+    score: Score | Callable[[Tensor, Context], Tensor] | None = None,
+    amount: Amount | None = None,
+    calibration: Iterable[Any] | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    energy: str = "horowitz45",
+) -> Plan:
+    """Decide what to drop; the model is left as it was.
+
+    Args:
+        model: any module; Linear and Conv2d layers are pruned, others are listed with the reason.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        pattern: what is dropped together, as NofM(keep=2, group=4).
+        score: what matters, as Magnitude(p=1) (the default); or a function (weight, context) ->
+            scores of the weight's shape, higher is kept.
+        amount: how much is dropped where, as Uniform(0.5); None where the pattern fixes it.
+        calibration: batches, each as example_inputs; scores that need data refuse to go without.
+        ignore: names of layers or of their parents, or "re:" and a regex for the full name.
+        seed: of scores that draw random numbers.
+        energy: name of the energy table in pruning.cost.ENERGY.
+
+    Returns:
+        A Plan: print it, then `apply` it.
+
+    Raises:
+        ValueError: an amount or pattern is out of range or they contradict each other, a weight
+            holds NaN or infinity, `ignore` covers nothing, a score lacks its data, or no layer
+            can be pruned. The message names the place and the cure.
+    """
+    scorer = score if isinstance(score, Score) else Function(score) if score else Magnitude()
+    amount = amount if amount is not None else Uniform()
+    if energy not in ENERGY:
+        raise ValueError(f"energy must be one of {', '.join(ENERGY)}, got {energy!r}")
+    check_amount(pattern, amount)
+    if scorer.needs in ("inputs", "gradients") and calibration is None:
+        raise ValueError(
+            f"{scorer} needs calibration data; pass calibration=, an iterable of model inputs"
+        )
+    layers = find_layers(model, ignore)
+    layers = [_with_pattern(layer, pattern) for layer in layers]
+    chosen = [layer for layer in layers if layer.refusal is None]
+    if not chosen:
+        reasons = "; ".join(f"{layer.name}: {layer.refusal}" for layer in layers) or "no layers"
+        raise ValueError(f"nothing can be pruned: {reasons}")
+    for layer in chosen:
+        check_finite(layer.name, layer.weight)
+    cost = count_macs(model, example_inputs)
+    names = [layer.name for layer in chosen]
+    coupling = None
+    if isinstance(pattern, Channels) or scorer.needs == "norm":
+        coupling = trace(model, example_inputs, channels.pinned_by(model, layers, ignore))
+    norms = channels.norm_scales(model, coupling, names) if coupling else {}
+    contexts = {n: Context(n, layer_seed(seed, n), None, norms.get(n)) for n in names}
+    surgery = None
+    if isinstance(pattern, Channels):
+        assert coupling is not None
+        scores = {layer.name: scorer(layer.weight, contexts[layer.name]) for layer in chosen}
+        gone = channels.dropped_roots(coupling, scores, scorer.axis, amount, pattern)
+        surgery = channels.cut(model, coupling, gone, example_inputs)
+        parts = {n: _channel_part(n, surgery, coupling) for n in names}
+    else:
+        masks = _masks(chosen, pattern, scorer, amount, contexts)
+        parts = {n: Part(mask=pack_mask(mask.cpu())) for n, mask in masks.items()}
+    entries = tuple(
+        _left_alone(layer)
+        if layer.refusal is not None
+        else _entry(layer, parts[layer.name], pattern, cost, ENERGY[energy])
+        for layer in layers
+    )
+    return Plan(entries, pattern, str(scorer), seed, energy, _notes(entries), surgery)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is kept of one layer: a mask, or channels, or all of it for a reason."""
+
+    mask: PackedMask | None = None
+    kept_out: Tensor | None = None
+    kept_in: Tensor | None = None
+    weight: Tensor | None = None
+    refusal: str | None = None
+
+
+def check_amount(pattern: Pattern, amount: Amount) -> None:
+    """Raise ValueError where a pattern fixes a share and the amount asks for another."""
+    if pattern.share is None:
+        if isinstance(amount, Uniform) and amount.share is None:
+            raise ValueError(f"{pattern} needs an amount, as amount=Uniform(0.5)")
+        return
+    fixed = amount.fixed()
+    if not isinstance(amount, Uniform) or (
+        fixed is not None and abs(fixed - pattern.share) > SHARE_DIGITS
+    ):
+        raise ValueError(
+            f"{pattern} drops {pattern.share:g} of every layer, {amount} asks for something else; "
+            "leave amount out, or choose another pattern"
+        )
+
+
+def _with_pattern(layer: Layer, pattern: Pattern) -> Layer:
+    if layer.refusal is not None:
+        return layer
+    refusal = pattern.refusal(tuple(layer.weight.shape))
+    return Layer(layer.name, layer.kind, layer.module, refusal)
+
+
+def _masks(
+    layers: Sequence[Layer],
+    pattern: Pattern,
+    score: Score,
+    amount: Amount,
+    contexts: Mapping[str, Context],
+) -> dict[str, Tensor]:
+    """Layer name -> mask. Weights that an earlier plan dropped are dropped first."""
+    scores = []
+    for layer in layers:
+        found = score(layer.weight, contexts[layer.name])
+        earlier = mask_of(layer.module)
+        scores.append(found if earlier is None else found.masked_fill(~earlier, LOWEST))
+    if pattern.share is not None:
+        drops = [0] * len(layers)
+    else:
+        drops = amount.drops(
+            [
+                Units(layer.name, pattern.units(found), tuple(found.shape), found.numel())
+                for layer, found in zip(layers, scores, strict=True)
+            ]
+        )
+    return {
+        layer.name: pattern.mask(found, drop)
+        for layer, found, drop in zip(layers, scores, drops, strict=True)
+    }
+
+
+def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling) -> Part:
+    kept_out = surgery.slices.get((f"{name}.weight", 0))
+    kept_in = surgery.slices.get((f"{name}.weight", 1))
+    if kept_out is None and kept_in is None:
+        reason = channels.why_kept(coupling, name)
+        return Part(refusal=reason or "the amount drops none of its channels")
+    return Part(kept_out=kept_out, kept_in=kept_in)
+
+
+def _notes(entries: Sequence[LayerPlan]) -> tuple[str, ...]:
+    larger = [e.name for e in entries if e.pruned_bytes > e.dense_bytes]
+    if not larger:
+        return ()
+    return (
+        f"Stored in this pattern these weights take more bytes than dense: {', '.join(larger)}",
+    )
+
+
+def _left_alone(layer: Layer) -> LayerPlan:
+    weight = next(p for p in layer.module.parameters(recurse=False) if p.ndim >= 2)
+    return LayerPlan(
+        layer.name, layer.kind, tuple(weight.shape), weight.dtype, refusal=layer.refusal
+    )
+
+
+def _entry(layer: Layer, part: Part, pattern: Pattern, cost: Cost, table: EnergyTable) -> LayerPlan:
+    weight = layer.weight
+    if part.refusal is not None:
+        return LayerPlan(
+            layer.name, layer.kind, tuple(weight.shape), weight.dtype, refusal=part.refusal
+        )
+    used = cost.layers.get(layer.name, LayerCost(0, 0, 0, 0, 0))
+    read, written = _share(part.kept_in, weight.shape[1]), _share(part.kept_out, weight.shape[0])
+    if part.mask is not None:
+        mask = unpack_mask(part.mask)
+        kept = float(mask.sum()) / mask.numel()
+        pruned_bytes = pattern.stored_bytes(mask, weight.element_size())
+    else:
+        kept = read * written
+        pruned_bytes = round(weight.nbytes * kept)
+    before = used.input_bytes + used.output_bytes
+    after = used.input_bytes * read + used.output_bytes * written
+    return LayerPlan(
+        name=layer.name,
+        kind=layer.kind,
+        shape=tuple(weight.shape),
+        dtype=weight.dtype,
+        digest=digest(weight),
+        mask=part.mask,
+        kept_out=part.kept_out,
+        kept_in=part.kept_in,
+        weight=part.weight,
+        kept=kept,
+        dense_bytes=weight.nbytes,
+        pruned_bytes=pruned_bytes,
+        macs=used.macs,
+        pruned_macs=round(used.macs * kept),
+        energy_pj=table.layer(used.macs, weight.nbytes, before, weight.dtype),
+        pruned_energy_pj=table.layer(used.macs * kept, pruned_bytes, after, weight.dtype),
+    )
+
+
+def _share(kept: Tensor | None, width: int) -> float:
+    return 1.0 if kept is None else kept.numel() / width
