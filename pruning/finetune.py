@@ -70,7 +70,7 @@ def finetune(
                     full = value if penalty is None else value + penalty(model)
                     if not bool(torch.isfinite(full)):
                         raise ValueError(
-                            f"loss is {float(full)} in epoch {epoch}, step {step}; lower the "
+                            f"loss is {float(full.detach())} in epoch {epoch}, step {step}; lower the "
                             "learning rate or clip the gradients"
                         )
                     full.backward()

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch import nn
+
+from slimgemm import pruning
+
+
+def loader(normal, batches=4):
+    x = normal(batches * 8, 16)
+    y = x[:, :8] * 2
+    return [(x[i * 8 : i * 8 + 8], y[i * 8 : i * 8 + 8]) for i in range(batches)]
+
+
+def test_loss_falls_and_masks_stay(mlp, normal):
+    data = loader(normal)
+    pruning.plan(mlp, data[0][0], pattern=pruning.NofM(2, 4)).apply(mlp)
+    mlp[1].eval()
+    seen = []
+    optimizer = torch.optim.Adam(mlp.parameters(), 1e-2)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 9, gamma=0.1)
+    losses = pruning.finetune(
+        mlp,
+        optimizer,
+        data,
+        nn.functional.mse_loss,
+        epochs=10,
+        scheduler=scheduler,
+        after_epoch=lambda epoch, loss: seen.append((epoch, loss)),
+        show=False,
+    )
+    assert losses[-1] < 0.8 * losses[0] and seen == list(enumerate(losses))
+    assert ((mlp[2].weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+    assert mlp.training and not mlp[1].training
+    assert scheduler.get_last_lr()[0] == pytest.approx(1e-4)
+
+
+def test_without_masks_it_is_plain_training(mlp, normal):
+    pruning.finetune(
+        mlp, torch.optim.SGD(mlp.parameters(), 0.01), loader(normal), nn.functional.mse_loss, 1
+    )
+    assert (mlp[0].weight != 0).all()
+
+
+def test_penalty_and_clip_reach_the_gradient(mlp, normal):
+    optimizer = torch.optim.SGD(mlp.parameters(), 1.0)
+    before = mlp[0].weight.detach().clone()
+    pruning.finetune(
+        mlp,
+        optimizer,
+        loader(normal, 1),
+        lambda out, y: 0 * out.sum(),
+        epochs=1,
+        penalty=lambda m: 1e3 * m[0].weight.square().sum(),
+        clip=0.5,
+        show=False,
+    )
+    step = before - mlp[0].weight
+    assert float(step.detach().norm()) == pytest.approx(0.5, rel=1e-3)
+    torch.testing.assert_close(step / step.norm(), before / before.norm())
+
+
+def test_refusals(mlp, normal):
+    optimizer = torch.optim.SGD(mlp.parameters(), 0.01)
+    mse = nn.functional.mse_loss
+    with pytest.raises(ValueError, match="epochs must be 0 or more"):
+        pruning.finetune(mlp, optimizer, [], mse, -1)
+    with pytest.raises(ValueError, match="loader is empty"):
+        pruning.finetune(mlp, optimizer, [], mse, 1, show=False)
+    with pytest.raises(ValueError, match="loss is nan in epoch 0, step 0"):
+        pruning.finetune(
+            mlp, optimizer, loader(normal), lambda o, y: o.sum() * float("nan"), 1, show=False
+        )
+    assert mlp.training

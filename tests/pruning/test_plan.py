@@ -1,0 +1,182 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from slimgemm import pruning
+
+LAB = [
+    [-0.46, -0.40, 0.39, 0.19, 0.37],
+    [0.00, 0.40, 0.17, -0.15, 0.16],
+    [-0.20, -0.23, 0.36, 0.25, 0.03],
+    [0.24, 0.41, 0.07, 0.13, -0.15],
+    [0.48, -0.09, -0.36, 0.12, 0.45],
+]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def test_the_course_mask():
+    model = nn.Linear(5, 5)
+    model.weight.data = torch.tensor(LAB)
+    plan = pruning.plan(
+        nn.Sequential(model),
+        torch.zeros(1, 5),
+        pattern=pruning.Unstructured(),
+        amount=pruning.Uniform(0.75),
+    )
+    kept = pruning.masks.unpack_mask(plan["0"].mask).nonzero().tolist()
+    assert kept == [[0, 0], [0, 1], [1, 1], [3, 1], [4, 0], [4, 4]]
+    assert plan["0"].kept == 0.24
+
+
+def test_plan_changes_nothing_and_apply_prunes(mlp, normal):
+    before = copy.deepcopy(mlp.state_dict())
+    plan = pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4), ignore=["4"])
+    assert same(mlp.state_dict(), before)
+    assert [e.name for e in plan.pruned] == ["0", "2"] and plan["4"].refusal == "ignored (4)"
+    plan.apply(mlp)
+    for name in ("0", "2"):
+        weight, dense = mlp.get_submodule(name).weight, before[f"{name}.weight"]
+        groups = weight.reshape(-1, 4)
+        assert ((groups != 0).sum(1) == 2).all()
+        assert torch.equal(weight[weight != 0], dense[weight != 0])
+        # the two largest of each group stay
+        best = dense.reshape(-1, 4).abs().topk(2).values.sum(1)
+        torch.testing.assert_close(groups.abs().sum(1), best)
+    assert torch.equal(mlp[4].weight, before["4.weight"])
+    assert torch.equal(mlp[0].bias, before["0.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes(mlp, normal, dtype):
+    mlp.to(dtype)
+    plan = pruning.plan(mlp, normal(2, 16, dtype=dtype), pattern=pruning.NofM(2, 4))
+    plan.apply(mlp)
+    assert mlp[0].weight.dtype == dtype
+    assert ((mlp[0].weight.reshape(-1, 4) != 0).sum(1) == 2).all()
+    assert "NaN" not in str(plan)
+
+
+def test_predicted_bytes_macs_and_energy(normal):
+    model = nn.Sequential(nn.Linear(64, 16, bias=False)).half()
+    plan = pruning.plan(model, normal(4, 64).half(), pattern=pruning.NofM(2, 4))
+    entry = plan["0"]
+    assert (entry.dense_bytes, entry.pruned_bytes) == (2048, 1152)  # 56.25 %
+    assert (entry.macs, entry.pruned_macs) == (4 * 64 * 16, 2 * 64 * 16)
+    activations = (4 * 64 + 4 * 16) * 2 / 4 * 5
+    assert entry.energy_pj == pytest.approx(4096 * 1.5 + 512 * 640 + activations)
+    assert entry.pruned_energy_pj == pytest.approx(2048 * 1.5 + 288 * 640 + activations)
+
+
+def test_a_second_plan_drops_what_is_dropped_first(mlp, normal):
+    x = normal(2, 16)
+    options = {"pattern": pruning.Unstructured(), "score": pruning.Random()}
+    pruning.plan(mlp, x, amount=pruning.Uniform(0.5), seed=1, **options).apply(mlp)
+    first = pruning.mask_of(mlp[2])
+    pruning.plan(mlp, x, amount=pruning.Uniform(0.75), seed=2, **options).apply(mlp)
+    second = pruning.mask_of(mlp[2])
+    assert int((second & ~first).sum()) == 0 and int(second.sum()) == 24 * 32 // 4
+
+
+def test_same_seed_same_masks(mlp, normal):
+    def masks(seed):
+        plan = pruning.plan(
+            mlp,
+            normal(2, 16),
+            pattern=pruning.NofM(1, 4),
+            score=pruning.Random(),
+            seed=seed,
+        )
+        return [e.mask.bits for e in plan.pruned]
+
+    assert all(torch.equal(a, b) for a, b in zip(masks(1), masks(1), strict=True))
+    assert not torch.equal(masks(1)[0], masks(2)[0])
+
+
+def test_own_function_as_score(mlp, normal):
+    plan = pruning.plan(
+        mlp,
+        normal(2, 16),
+        pattern=pruning.NofM(1, 4),
+        score=lambda weight, context: torch.arange(4.0).repeat(weight.numel() // 4).view_as(weight),
+    )
+    plan.apply(mlp)
+    assert torch.equal(mlp[0].weight != 0, torch.tensor([False, False, False, True]).repeat(32, 4))
+
+
+def test_batch_norm_scale_reads_the_norm_behind_each_layer(vgg, normal):
+    model = vgg(8, 12, "M")
+    plan = pruning.plan(
+        model,
+        normal(1, 3, 8, 8),
+        pattern=pruning.Unstructured(),
+        score=pruning.BatchNormScale(),
+        amount=pruning.Uniform(0.5),
+        ignore=["classifier"],
+    )
+    kept = pruning.masks.unpack_mask(plan["backbone.3"].mask).flatten(1).any(1)
+    scales = model.backbone[4].weight.abs()
+    assert int(kept.sum()) == 6 and scales[kept].min() > scales[~kept].max()
+
+
+def refused(model, x, match, **options):
+    before = copy.deepcopy(model.state_dict())
+    options = {"pattern": pruning.NofM(2, 4), **options}
+    with pytest.raises(ValueError, match=match):
+        pruning.plan(model, x, **options)
+    assert same(model.state_dict(), before)
+
+
+def test_refused_requests(mlp, normal):
+    x = normal(2, 16)
+    refused(mlp, x, "2:4 drops 0.5 of every layer, .*0.7", amount=pruning.Uniform(0.7))
+    refused(mlp, x, "asks for something else", amount=pruning.PerLayer({"0": 0.5}))
+    refused(mlp, x, "unstructured needs an amount", pattern=pruning.Unstructured())
+    refused(mlp, x, "energy must be one of horowitz45, got 'x'", energy="x")
+    refused(mlp, x, "nothing can be pruned: 0: ignored", ignore=["re:.*"])
+    refused(
+        mlp,
+        x,
+        "nothing can be pruned: 0: a linear layer has no",
+        pattern=pruning.Kernel(),
+        amount=pruning.Uniform(0.5),
+    )
+    pruning.plan(mlp, x, pattern=pruning.NofM(2, 4), amount=pruning.Uniform(0.5))
+
+
+def test_nan_is_refused_with_its_place(mlp, normal):
+    mlp[2].weight.data[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"2.weight\[3, 5\] is nan .*ignore the layer"):
+        pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4))
+    plan = pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4), ignore=["2"])
+    assert len(plan.pruned) == 2
+
+
+def test_apply_refuses_a_model_that_changed(mlp, normal):
+    plan = pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4))
+    other = copy.deepcopy(mlp)
+    other[4].weight.data[0, 0] += 1
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"4.weight changed after the plan was made"):
+        plan.apply(other)
+    assert same(other.state_dict(), before) and pruning.mask_of(other[0]) is None
+    other[4] = nn.Linear(24, 9)
+    with pytest.raises(ValueError, match=r"4.weight was torch.float32 \[8, 24\].*is .*\[9, 24\]"):
+        plan.apply(other)
+    with pytest.raises(ValueError, match=r"0.weight was torch.float32 .* is torch.float16"):
+        plan.apply(copy.deepcopy(mlp).half())
+    with pytest.raises(ValueError, match="2 is not in this model"):
+        plan.apply(nn.Sequential(copy.deepcopy(mlp[0])))
+    plan.apply(mlp)
+    with pytest.raises(ValueError, match="changed after the plan"):
+        plan.apply(mlp)
+
+
+def test_getitem_names_what_it_does_not_find(mlp, normal):
+    plan = pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4))
+    with pytest.raises(KeyError, match="nine"):
+        plan["nine"]
