@@ -5,6 +5,8 @@ They define what a kernel must compute, and they are what a CPU runs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,12 +103,21 @@ def prune_dense_24_ref(w: Tensor, keep: int = 2, group: int = 4) -> Tensor:
     return unpack_24_ref(prune_24_ref(w, keep, group))
 
 
+@functools.cache
+def _table_on(device: torch.device, keep: int, group: int) -> Tensor:
+    return position_table(keep, group).to(device)
+
+
+def _positions(meta: Tensor, keep: int, group: int) -> Tensor:
+    """int64 [bytes of meta, values per byte]: where in its 8 lanes each stored value goes."""
+    return _table_on(meta.device, keep, group).index_select(0, meta.reshape(-1).int())
+
+
 def unpack_24_ref(packed: Packed24) -> Tensor:
     """Twin of unpack_24: Packed24 -> dense [N, k]."""
     check_shapes(packed)
     values, meta, k, keep, group = packed
-    table = position_table(keep, group).to(meta.device)
-    positions = table.index_select(0, meta.reshape(-1).int())  # [N * columns, values per byte]
+    positions = _positions(meta, keep, group)
     lanes = values.new_zeros(positions.shape[0], BYTE_WEIGHTS)
     dense = lanes.scatter_(1, positions, values.reshape(-1, values_per_byte(keep, group)))
     return dense.view(values.shape[0], -1)[:, :k]
@@ -115,8 +126,7 @@ def unpack_24_ref(packed: Packed24) -> Tensor:
 def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
     """The entries of a dense [N, k] at the kept positions of `packed`: [N, stored], 0 in the padding."""
     _, meta, k, keep, group = packed
-    table = position_table(keep, group).to(meta.device)
-    positions = table.index_select(0, meta.reshape(-1).int())
+    positions = _positions(meta, keep, group)
     padded = F.pad(dense, (0, meta.shape[1] * BYTE_WEIGHTS - k))
     return padded.reshape(-1, BYTE_WEIGHTS).gather(1, positions).view(packed.values.shape)
 

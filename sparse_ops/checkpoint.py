@@ -1,0 +1,305 @@
+"""save and load: a folder of model.safetensors and prune.json; never pickle.
+
+prune.json says which layers are packed or shrunk and how, and carries the sha256 of the tensors'
+file and of itself. `load` checks both before it reads a tensor, rebuilds the shapes in the user's
+own model, and only then loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimgemm.kernels.formats import ChannelIndex, channel_index
+from slimgemm.sparse_ops.swap import CONVERTERS, carry_over, modules_with_names, replace
+
+FORMAT = "slimgemm"
+VERSION = 1
+TENSORS, MANIFEST = "model.safetensors", "prune.json"
+
+# Attributes that hold a shrunk module's widths; what is not among them keeps its value.
+WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features",
+          "num_channels", "num_groups", "normalized_shape", "embedding_dim")  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or that does not fit the model; nothing was loaded."""
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest without its own digest, in canonical JSON."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write `model` to `folder`: model.safetensors and prune.json.
+
+    Everything is written beside and renamed at the end, so a crash leaves no folder that loads.
+
+    Args:
+        model: packed modules, shrunk layers and dense ones in any mix.
+        folder: must not exist, unless `overwrite`.
+    Raises:
+        ValueError: the folder exists, or the state dict holds something that is no tensor.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target} exists; choose another folder or pass overwrite=True")
+    tensors, aliases = _tensors(model)
+    with _beside(target) as work:
+        save_file(tensors, work / TENSORS, metadata={"format": FORMAT, "version": str(VERSION)})
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tool": f"slimgemm {metadata.version('slimgemm')}, torch {torch.__version__}",
+            "tensors": {"file": TENSORS, "sha256": file_digest(work / TENSORS)},
+            "aliases": aliases,
+            "packed": dict(_packed_entries(model)),
+            "shrunk": dict(_shrunk_entries(model)),
+        }
+        manifest["sha256"] = manifest_digest(manifest)
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its name when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work, old = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    work.mkdir()
+    try:
+        yield work
+        if target.exists():
+            target.rename(old)
+        work.rename(target)
+        _remove(old)
+    finally:
+        _remove(work)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each shared tensor once, and alias -> name for the rest."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} in the state dict is a {type(value).__name__}; only tensors can be saved, "
+                "so make it a buffer"
+            )
+        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = value.detach().contiguous().cpu().clone()
+    return tensors, aliases
+
+
+def _packed_entries(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    for module, names in modules_with_names(model).items():
+        if hasattr(module, "packed"):
+            entry = {
+                "class": type(module).__name__,
+                "replaces": _replaced_class(module),
+                "keep": module.keep,
+                "group": module.group,
+                "dense_shape": list(module.to_dense().weight.shape),
+                "names": names,
+            }
+            yield names[0], entry
+
+
+def _replaced_class(module: nn.Module) -> str:
+    return type(module.to_dense()).__name__
+
+
+def _shrunk_entries(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, module in model.named_modules():
+        kept = {key: getattr(module, key, None) for key in ("kept_in", "kept_out")}
+        if hasattr(module, "to_dense") or not any(isinstance(k, ChannelIndex) for k in kept.values()):
+            continue
+        entry: dict[str, Any] = {"class": type(module).__name__}
+        for key, index in kept.items():
+            if isinstance(index, ChannelIndex):
+                entry[key] = {"width": index.width, "index": index.index.tolist()}
+        entry["attributes"] = {w: getattr(module, w) for w in WIDTHS if hasattr(module, w)}
+        yield name, entry
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """prune.json of a checkpoint, after both digests were checked.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the format is newer than this package.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    for needed in (path, folder / TENSORS):
+        if not needed.is_file():
+            raise CheckpointError(f"{needed} is missing; {folder} is no slimgemm checkpoint")
+    try:
+        manifest = json.loads(path.read_text())
+        version, claimed = manifest["version"], manifest["sha256"]
+        tensors = manifest["tensors"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
+    if manifest.get("format") != FORMAT or version != VERSION:
+        raise CheckpointError(
+            f"{path} says format {manifest.get('format')!r} version {version!r}, this slimgemm reads "
+            f"{FORMAT!r} version {VERSION}; update slimgemm"
+        )
+    if manifest_digest(manifest) != claimed:
+        raise CheckpointError(f"{path} is damaged: its sha256 differs; copy the checkpoint again")
+    if file_digest(folder / TENSORS) != tensors:
+        raise CheckpointError(
+            f"{folder / TENSORS} is damaged: its sha256 differs from the one in {MANIFEST}; "
+            "copy the checkpoint again"
+        )
+    return manifest
+
+
+def load(
+    factory: Callable[[], nn.Module],
+    folder: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Rebuild a saved model from the code that makes the dense one.
+
+    Args:
+        factory: returns the model as it was before pruning; called once. It may build on
+            torch.device("meta"), which saves the time of an initialisation.
+        folder: written by `save`.
+        device: where the loaded tensors go.
+    Returns:
+        The model with packed and shrunk layers as saved, dtypes as saved, in train mode as
+        `factory` left it.
+    Raises:
+        CheckpointError: a file is damaged, or the factory's model does not fit; no tensor was used.
+    """
+    from safetensors.torch import load_file
+
+    manifest = read_manifest(folder)
+    model = factory()
+    swaps = [_packed_module(model, name, entry) for name, entry in manifest["packed"].items()]
+    for name, entry in manifest["shrunk"].items():
+        _check_shrunk(model, name, entry)
+    for names, module in swaps:
+        replace(model, names, module)
+    tensors = load_file(Path(folder) / TENSORS, device=str(device))
+    for name, entry in manifest["shrunk"].items():
+        _shrink(model.get_submodule(name), name, entry, tensors)
+    state = tensors | {alias: tensors[name] for alias, name in manifest["aliases"].items()}
+    _check_state(model, state, folder)
+    model.load_state_dict(state, assign=True)
+    _tie(model, manifest["aliases"])
+    return model
+
+
+def _get(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"the model has no layer {name!r}, the checkpoint has") from None
+
+
+def _packed_module(model: nn.Module, name: str, entry: dict[str, Any]) -> tuple[list[str], nn.Module]:
+    """(names, empty packed module) for one packed layer of the checkpoint."""
+    dense = _get(model, name)
+    twins = {converter.__self__.__name__: converter.__self__ for converter in CONVERTERS.values()}
+    if type(dense).__name__ != entry["replaces"] or entry["class"] not in twins:
+        raise CheckpointError(
+            f"{name} is a {type(dense).__name__} in the model, the checkpoint packs a "
+            f"{entry['replaces']} as {entry['class']}"
+        )
+    if list(dense.weight.shape) != entry["dense_shape"]:
+        raise CheckpointError(
+            f"{name} is {list(dense.weight.shape)} in the model, {entry['dense_shape']} in the "
+            "checkpoint; load it into the model it was saved from"
+        )
+    module = twins[entry["class"]].like(dense, keep=entry["keep"], group=entry["group"])
+    return entry["names"], carry_over(dense, module)
+
+
+def _check_shrunk(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
+    module = _get(model, name)
+    if type(module).__name__ != entry["class"]:
+        raise CheckpointError(
+            f"{name} is a {type(module).__name__} in the model, a {entry['class']} in the checkpoint"
+        )
+    weight = getattr(module, "weight", None)
+    for axis, key in enumerate(("kept_out", "kept_in")):
+        if key not in entry or weight is None or axis >= weight.ndim:
+            continue
+        width = entry[key]["width"]
+        if weight.shape[axis] not in (width, width // getattr(module, "groups", 1)):
+            raise CheckpointError(
+                f"{name} is {list(weight.shape)} in the model, the checkpoint was cut from a width of "
+                f"{width} on axis {axis}; load it into the model it was saved from"
+            )
+
+
+def _shrink(module: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Give `module` the widths of the checkpoint; its tensors are loaded afterwards."""
+    for key, value in entry["attributes"].items():
+        setattr(module, key, tuple(value) if isinstance(value, list) else value)
+    for key in ("kept_in", "kept_out"):
+        if key in entry:
+            index = torch.tensor(entry[key]["index"], dtype=torch.int64)
+            setattr(module, key, channel_index(index, entry[key]["width"], f"{name}.{key}"))
+    for store in (module._parameters, module._buffers):
+        for key, value in store.items():
+            saved = tensors.get(f"{name}.{key}")
+            if value is None or saved is None:
+                continue
+            empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
+            store[key] = nn.Parameter(empty, value.requires_grad) if store is module._parameters else empty
+
+
+def _check_state(model: nn.Module, state: dict[str, Tensor], folder: Any) -> None:
+    """Raise CheckpointError unless names and shapes are those of the model."""
+    wanted = {k: v.shape for k, v in model.state_dict().items() if isinstance(v, Tensor)}
+    for name in wanted.keys() ^ state.keys():
+        where = "the model only" if name in wanted else "the checkpoint only"
+        raise CheckpointError(f"{name} is in {where}; {folder} was saved from another model")
+    for name, shape in wanted.items():
+        if state[name].shape != shape:
+            raise CheckpointError(
+                f"{name} is {list(shape)} in the model, {list(state[name].shape)} in the checkpoint; "
+                "load it into the model it was saved from"
+            )
+
+
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Make the parameters and buffers that shared memory when saved share it again."""
+    for alias, name in aliases.items():
+        owner, _, key = name.rpartition(".")
+        other, _, other_key = alias.rpartition(".")
+        setattr(model.get_submodule(other), other_key, getattr(model.get_submodule(owner), key))

@@ -1,0 +1,265 @@
+"""The 2:4 operators that torch sees: slimgemm::<op>, with fake, autograd and double backward.
+
+A packed weight crosses the operator boundary as its parts: values, meta, k, keep, group. Each
+operator's three products close over each other (the gradient of each is made of the other two),
+so backward of any order works and no dense weight is made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimgemm.kernels.dispatch import implementation
+from slimgemm.kernels.formats import Packed24, packed_shapes
+from slimgemm.kernels.reference import gather_24_ref
+
+LIBRARY = torch.library.Library("slimgemm", "FRAGMENT")
+PATTERN = "int k, int keep, int group"
+
+
+def define(schema: str, forward: Any, fake: Any) -> Any:
+    """Register one operator for every device, and its fake; returns the callable operator."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"slimgemm::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.slimgemm, name).default
+
+
+def autograd(name: str, backward: Any, save: Any) -> None:
+    """Register the gradient of slimgemm::`name`."""
+    torch.library.register_autograd(
+        f"slimgemm::{name}", backward, setup_context=save, lib=LIBRARY
+    )
+
+
+def act_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:
+    """Gradient with respect to z of act(z); each formula is differentiable."""
+    if act == "relu":
+        return torch.ops.aten.threshold_backward(dy, z, 0)
+    if act in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if act == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_backward(dy, z, approximate=approximate)
+    if act == "silu":
+        gate = torch.sigmoid(z)  # aten.silu_backward has no derivative of its own
+        return dy * (gate * (1 + z * (1 - gate)))
+    if act == "relu2":
+        return dy * (2 * torch.relu(z))
+    return dy
+
+
+def sum_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., N] -> [N] in `dtype`, summed over all leading axes."""
+    return t.reshape(-1, t.shape[-1]).sum(0).to(dtype)
+
+
+# ---- spmm_24: act((x @ dense(w).T) * scale + bias)
+def _spmm(
+    x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, scale: Tensor | None,
+    k: int, keep: int, group: int, act: str,
+) -> Tensor:  # fmt: skip
+    w = Packed24(values, meta, k, keep, group)
+    return implementation("spmm_24", x.device)(x, w, bias, scale, act).contiguous()
+
+
+def _spmm_fake(x, values, meta, bias, scale, k, keep, group, act):
+    if x.shape[-1] != k or x.dtype != values.dtype:
+        raise ValueError(
+            f"x must be {values.dtype} [..., {k}] for this weight, got {x.dtype} {list(x.shape)}"
+        )
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _spmm_save(ctx, inputs, output):
+    x, values, meta, bias, scale, *ctx.pattern, ctx.act = inputs
+    ctx.save_for_backward(x, values, meta, bias, scale)
+
+
+def _spmm_backward(ctx, dy):
+    """dz = act'(z) dy; dx = (dz * scale) W, dvalues = (dz * scale).T x at the kept positions.
+
+    With an activation, z is computed again instead of being kept from the forward.
+    """
+    x, values, meta, bias, scale = ctx.saved_tensors
+    need_x, need_values, _, need_bias, need_scale = ctx.needs_input_grad[:5]
+    dz = dy
+    if ctx.act != "none":
+        z = spmm_24(x, values, meta, bias, scale, *ctx.pattern, "none")
+        dz = act_backward(dy, z, ctx.act)
+    dscale = None
+    if need_scale:
+        product = spmm_24(x, values, meta, None, None, *ctx.pattern, "none")
+        dscale = sum_rows(dz * product, scale.dtype)
+    du = dz if scale is None else dz * scale.to(dz.dtype)
+    dx = spmm_24_dgrad(du, values, meta, *ctx.pattern) if need_x else None  # [M, N] @ [N, K]
+    dv = spmm_24_wgrad(du, x, values, meta, *ctx.pattern) if need_values else None
+    db = sum_rows(dz, bias.dtype) if need_bias else None
+    return dx, dv, None, db, dscale, None, None, None, None  # meta: positions, no gradient
+
+
+spmm_24 = define(
+    f"spmm_24(Tensor x, Tensor values, Tensor meta, Tensor? bias, Tensor? scale, {PATTERN}, str act)"
+    " -> Tensor",
+    _spmm,
+    _spmm_fake,
+)
+autograd("spmm_24", _spmm_backward, _spmm_save)
+
+
+# ---- spmm_24_dgrad: dy @ dense(w)
+def _dgrad(dy: Tensor, values: Tensor, meta: Tensor, k: int, keep: int, group: int) -> Tensor:
+    w = Packed24(values, meta, k, keep, group)
+    return implementation("spmm_24_dgrad", dy.device)(dy, w).contiguous()
+
+
+def _dgrad_fake(dy, values, meta, k, keep, group):
+    return dy.new_empty(*dy.shape[:-1], k)
+
+
+def _dgrad_save(ctx, inputs, output):
+    dy, values, meta, *ctx.pattern = inputs
+    ctx.save_for_backward(dy, values, meta)
+
+
+def _dgrad_backward(ctx, g):
+    """Of dx = dy W: d(dy) = g W.T, dvalues = dy.T g at the kept positions."""
+    dy, values, meta = ctx.saved_tensors
+    need_dy, need_values = ctx.needs_input_grad[:2]
+    ddy = spmm_24(g, values, meta, None, None, *ctx.pattern, "none") if need_dy else None
+    dv = spmm_24_wgrad(dy, g, values, meta, *ctx.pattern) if need_values else None
+    return ddy, dv, None, None, None, None
+
+
+spmm_24_dgrad = define(
+    f"spmm_24_dgrad(Tensor dy, Tensor values, Tensor meta, {PATTERN}) -> Tensor",
+    _dgrad,
+    _dgrad_fake,
+)
+autograd("spmm_24_dgrad", _dgrad_backward, _dgrad_save)
+
+
+# ---- spmm_24_wgrad: dy.T @ x at the kept positions
+def _wgrad(
+    dy: Tensor, x: Tensor, values: Tensor, meta: Tensor, k: int, keep: int, group: int
+) -> Tensor:
+    w = Packed24(values, meta, k, keep, group)
+    return implementation("spmm_24_wgrad", dy.device)(dy, x, w)
+
+
+def _wgrad_fake(dy, x, values, meta, k, keep, group):
+    return torch.empty_like(values)
+
+
+def _wgrad_save(ctx, inputs, output):
+    dy, x, values, meta, *ctx.pattern = inputs
+    ctx.save_for_backward(dy, x, meta)
+
+
+def _wgrad_backward(ctx, g):
+    """Of dv = (dy.T x) kept: with G the weight that packs g, d(dy) = x G.T and dx = dy G."""
+    dy, x, meta = ctx.saved_tensors
+    need_dy, need_x = ctx.needs_input_grad[:2]
+    g = g.contiguous()
+    ddy = spmm_24(x, g, meta, None, None, *ctx.pattern, "none") if need_dy else None
+    dx = spmm_24_dgrad(dy, g, meta, *ctx.pattern) if need_x else None
+    return ddy, dx, None, None, None, None, None  # values: only their shape was used
+
+
+spmm_24_wgrad = define(
+    f"spmm_24_wgrad(Tensor dy, Tensor x, Tensor values, Tensor meta, {PATTERN}) -> Tensor",
+    _wgrad,
+    _wgrad_fake,
+)
+autograd("spmm_24_wgrad", _wgrad_backward, _wgrad_save)
+
+
+# ---- gather_24: the entries of a dense matrix at the kept positions
+def _gather(dense: Tensor, values: Tensor, meta: Tensor, k: int, keep: int, group: int) -> Tensor:
+    return gather_24_ref(dense, Packed24(values, meta, k, keep, group))
+
+
+def _gather_fake(dense, values, meta, k, keep, group):
+    return dense.new_empty(values.shape)
+
+
+def _gather_save(ctx, inputs, output):
+    _, _, meta, *ctx.pattern = inputs
+    ctx.save_for_backward(meta)
+
+
+def _gather_backward(ctx, g):
+    """d(dense) holds g at the kept positions."""
+    dense = unpack_24(g.contiguous(), ctx.saved_tensors[0], *ctx.pattern)
+    return dense, None, None, None, None, None  # values: only their shape was used
+
+
+gather_24 = define(
+    f"gather_24(Tensor dense, Tensor values, Tensor meta, {PATTERN}) -> Tensor",
+    _gather,
+    _gather_fake,
+)
+autograd("gather_24", _gather_backward, _gather_save)
+
+
+# ---- unpack_24: packed -> dense
+def _unpack(values: Tensor, meta: Tensor, k: int, keep: int, group: int) -> Tensor:
+    packed = Packed24(values, meta, k, keep, group)
+    return implementation("unpack_24", values.device)(packed).contiguous()
+
+
+def _unpack_fake(values, meta, k, keep, group):
+    return values.new_empty(values.shape[0], k)
+
+
+def _unpack_save(ctx, inputs, output):
+    values, meta, *ctx.pattern = inputs
+    ctx.save_for_backward(values, meta)
+
+
+def _unpack_backward(ctx, d_dense):
+    """dvalues = the entries of the dense gradient at the kept positions."""
+    values, meta = ctx.saved_tensors
+    return gather_24(d_dense, values, meta, *ctx.pattern), None, None, None, None
+
+
+unpack_24 = define(
+    f"unpack_24(Tensor values, Tensor meta, {PATTERN}) -> Tensor", _unpack, _unpack_fake
+)
+autograd("unpack_24", _unpack_backward, _unpack_save)
+
+
+# ---- pack_24 and prune_24: dense -> (values, meta)
+def _pack(w: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
+    packed = implementation("pack_24", w.device)(w, keep, group)
+    return packed.values, packed.meta
+
+
+def _prune(w: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
+    packed = implementation("prune_24", w.device)(w, keep, group)
+    return packed.values, packed.meta
+
+
+def _pack_fake(w, keep, group):
+    values, meta = packed_shapes(w.shape[0], w.shape[1], keep, group)
+    return w.new_empty(values), w.new_empty(meta, dtype=torch.uint8)
+
+
+def _pack_save(ctx, inputs, output):
+    w, keep, group = inputs
+    ctx.pattern = (w.shape[1], keep, group)
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pack_backward(ctx, dvalues, _):
+    """dW holds the gradient of each stored value in its place; dropped weights have none."""
+    return unpack_24(dvalues.contiguous(), ctx.saved_tensors[0], *ctx.pattern), None, None
+
+
+pack_24 = define("pack_24(Tensor w, int keep, int group) -> (Tensor, Tensor)", _pack, _pack_fake)
+prune_24 = define("prune_24(Tensor w, int keep, int group) -> (Tensor, Tensor)", _prune, _pack_fake)
+for _name in ("pack_24", "prune_24"):
+    autograd(_name, _pack_backward, _pack_save)

@@ -1,0 +1,288 @@
+"""compress and decompress: swap layers for packed ones where they are eligible, and back.
+
+A layer is eligible when its forward runs (a weight that another module reads on its own, as
+nn.MultiheadAttention does, is not), its class is exactly the one replaced, nothing else shares
+its weight, and its weight already fits the pattern. On a GPU each candidate is timed against
+its dense layer on the input it really saw, and dense is kept where dense wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slimgemm.sparse_ops.linear import SparseLinear24
+from slimgemm.sparse_ops.report import as_table
+
+HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
+
+# Class replaced -> the constructor of its packed twin; it refuses with ValueError and the reason.
+CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.Linear: SparseLinear24.from_dense,
+}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. Bytes are of the weight; times are microseconds on the input seen."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    packed: bool
+    reason: str
+    dense_bytes: int
+    packed_bytes: int
+    us_dense: float | None = None
+    us_packed: float | None = None
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """One LayerReport for every linear and convolution of the model; `print` shows it as a table."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def packed(self) -> list[LayerReport]:
+        """The layers that were swapped."""
+        return [layer for layer in self.layers if layer.packed]
+
+    def __str__(self) -> str:
+        columns = ["layer", "shape", "result", "dense bytes", "packed bytes", "dense us", "packed us"]
+        rows = []
+        for layer in self.layers:
+            result = f"packed ({layer.kind})" if layer.packed else f"dense: {layer.reason}"
+            times = [f"{us:.1f}" if us else "-" for us in (layer.us_dense, layer.us_packed)]
+            packed_bytes = str(layer.packed_bytes) if layer.packed else "-"
+            shape = "x".join(map(str, layer.shape))
+            rows.append([layer.name, shape, result, str(layer.dense_bytes), packed_bytes, *times])
+        return as_table("compress", columns, rows)
+
+
+def modules_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module of `model` with all the names that lead to it."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give `new` the hooks, mode and user attributes of `old`; hook handles keep working."""
+    for name, value in old.__dict__.items():
+        if name in HOOKS or name not in new.__dict__:
+            new.__dict__[name] = value
+    new.training = old.training
+    return new
+
+
+def replace(model: nn.Module, names: list[str], new: nn.Module) -> None:
+    """Put `new` where `names` lead to."""
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients, and put every module's mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """model(example_inputs): a tuple or list is spread, a dict becomes keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def seen_inputs(model: nn.Module, layers: list[nn.Module], example_inputs: Any) -> dict[nn.Module, Tensor]:
+    """The first input of each layer whose forward runs in one pass of the model."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            seen.setdefault(module, inputs[0].detach())
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        with evaluating(model):
+            call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def refusal(module: nn.Module, holders: list[str], seen: dict[nn.Module, Tensor] | None) -> str:
+    """Why `module` cannot be swapped whatever its weight holds; empty if it can.
+
+    Args:
+        holders: modules that hold the same weight and have no packed twin.
+    """
+    if type(module) not in CONVERTERS:
+        return f"its class {type(module).__name__} is a subclass with a behaviour of its own"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; remove the parametrization first"
+    if holders:
+        return f"its weight is shared with {', '.join(holders)}, which needs it dense"
+    if seen is not None and module not in seen:
+        return "its forward did not run on the example inputs, so another module may read its weight"
+    return ""
+
+
+def dense_holders(model: nn.Module) -> dict[int, list[str]]:
+    """id of each parameter -> names of the modules that hold it and have no packed twin."""
+    holders: dict[int, list[str]] = {}
+    for module, names in modules_with_names(model).items():
+        for parameter in module._parameters.values():
+            if parameter is not None and type(module) not in CONVERTERS:
+                holders.setdefault(id(parameter), []).append(names[0])
+    return holders
+
+
+def us_of(module: nn.Module, x: Tensor, reps: int = 20) -> float:
+    """Median microseconds of module(x) on the GPU, by CUDA events, after 3 warm-up calls."""
+    times = []
+    with torch.no_grad():
+        for rep in range(reps + 3):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            module(x)
+            end.record()
+            end.synchronize()
+            if rep >= 3:
+                times.append(start.elapsed_time(end) * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    keep: int = 2,
+    group: int = 4,
+    ignore: tuple[str, ...] = (),
+    only_if_faster: bool = True,
+) -> CompressReport:
+    """Swap every eligible layer of `model`, in place, for its packed twin.
+
+    Names, hooks, train/eval state, device, requires_grad and shared weights stay as they are. The
+    packed modules hold new parameters: build the optimizer afterwards.
+
+    Args:
+        model: pruned already (slimgemm.pruning); layers that are not are left dense.
+        example_inputs: for one forward pass: a tensor, a tuple of arguments or a dict of keyword
+            arguments. Without it no layer can be seen to run and nothing is timed.
+        keep, group: pattern to pack.
+        ignore: names of layers to leave dense.
+        only_if_faster: on a GPU, leave a layer dense whose packed kernel is slower on the input
+            it saw. Off a GPU nothing is timed: a packed layer saves memory there, not time.
+    Returns:
+        A report with every linear and convolution, and the reason where one was left dense.
+    Raises:
+        ValueError: `ignore` names no layer of the model, or the pattern is unknown.
+    """
+    classes = tuple(CONVERTERS)
+    found = {m: names for m, names in modules_with_names(model).items() if isinstance(m, classes)}
+    unknown = set(ignore) - {name for names in found.values() for name in names}
+    if unknown:
+        raise ValueError(f"ignore names no linear or convolution of the model: {sorted(unknown)}")
+    holders = dense_holders(model)
+    seen = None if example_inputs is None else seen_inputs(model, list(found), example_inputs)
+    timed = only_if_faster and seen is not None
+    choices: dict[nn.Module, Choice] = {}
+    for module, names in found.items():
+        mine = [name for name in holders.get(id(module.weight), []) if name not in names]
+        reason = "named in ignore" if set(ignore) & set(names) else refusal(module, mine, seen)
+        choices[module] = Choice(None, reason)
+        if not reason:
+            x = seen[module] if timed and seen is not None else None
+            choices[module] = choose(module, x, keep, group)
+    keep_shared(found, choices)
+    for module, choice in choices.items():
+        if choice.twin is not None:
+            replace(model, found[module], carry_over(module, choice.twin))
+    return CompressReport([_layer_report(m, found[m][0], choice) for m, choice in choices.items()])
+
+
+class Choice(NamedTuple):
+    """The packed twin of a layer, or None and the reason; microseconds where both were timed."""
+
+    twin: Any
+    reason: str
+    us_dense: float | None = None
+    us_packed: float | None = None
+
+
+def choose(module: nn.Module, x: Tensor | None, keep: int, group: int) -> Choice:
+    """Pack `module`; on a GPU, compare the two on the input `x` if there is one."""
+    try:
+        twin = CONVERTERS[type(module)](module, keep=keep, group=group)
+    except ValueError as error:
+        return Choice(None, str(error))
+    if x is None or not x.is_cuda:
+        return Choice(twin, "")
+    times = us_of(module, x), us_of(twin, x)
+    if times[1] > times[0]:
+        return Choice(None, "dense is faster on this GPU", *times)
+    return Choice(twin, "", *times)
+
+
+def keep_shared(found: dict[nn.Module, list[str]], choices: dict[nn.Module, Choice]) -> None:
+    """Layers that share a weight share its packed parts, or all stay dense."""
+    sharing: dict[int, list[nn.Module]] = {}
+    for module in found:
+        sharing.setdefault(id(module.weight), []).append(module)
+    for modules in sharing.values():
+        first = choices[modules[0]].twin
+        dense = [m for m in modules if choices[m].twin is None]
+        for module in modules[1:] if not dense else modules:
+            if not dense:
+                choices[module].twin.values, choices[module].twin.meta = first.values, first.meta
+            elif module not in dense:
+                why = f"its weight is shared with {found[dense[0]][0]}, which stays dense"
+                choices[module] = Choice(None, why)
+
+
+def _layer_report(module: nn.Module, name: str, choice: Choice) -> LayerReport:
+    weight, twin = module.weight, choice.twin
+    kind = f"{twin.keep}:{twin.group}" if twin is not None else type(module).__name__
+    nbytes = twin.packed.nbytes if twin is not None else weight.nbytes
+    shape = tuple(weight.shape)
+    times = choice[2:]
+    return LayerReport(
+        name, kind, shape, twin is not None, choice.reason, weight.nbytes, nbytes, *times
+    )
+
+
+def decompress(model: nn.Module) -> nn.Module:
+    """The inverse of compress, in place: every packed module becomes the dense layer it packs, exactly.
+
+    Names, hooks, train/eval state, device, requires_grad and shared weights stay as they are.
+    """
+    weights: dict[int, nn.Parameter] = {}
+    for module, names in modules_with_names(model).items():
+        to_dense = getattr(module, "to_dense", None)
+        if to_dense is None:
+            continue
+        dense = to_dense()
+        key = id(module.values) if hasattr(module, "values") else id(module.weight)
+        dense.weight = weights.setdefault(key, dense.weight)
+        replace(model, names, carry_over(module, dense))
+    return model
