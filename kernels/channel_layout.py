@@ -108,7 +108,9 @@ def channel_layout(
     )
 
 
-def check_layout(name: str, layout: ChannelLayout, kept: int, device: torch.device) -> None:
+def check_layout(
+    name: str, layout: ChannelLayout, kept: int, device: torch.device, groups: int = 1
+) -> None:
     """Raise ValueError unless `layout` keeps `kept` channels and its index is where it is read."""
     index, width, count, start, run = layout
     if count != kept:
@@ -117,8 +119,11 @@ def check_layout(name: str, layout: ChannelLayout, kept: int, device: torch.devi
         if start < 0 or start + count > width:
             raise ValueError(f"{name} must lie in 0..{width - 1}, got {start}..{start + count - 1}")
         return
-    if run != RAGGED and run not in RUNS:
-        raise ValueError(f"{name} must have a run of {RANGE}, {RAGGED} or {RUNS}, got {run}")
+    if run != RAGGED and (run not in RUNS or count // groups % run):
+        raise ValueError(
+            f"{name} must be read one by one or in runs of 8 or 16 that divide the "
+            f"{count // groups} channels of a group, got runs of {run}"
+        )
     if index is None or index.dtype != torch.int64 or tuple(index.shape) != (count,):
         got = None if index is None else f"{index.dtype} {list(index.shape)}"
         raise ValueError(f"{name} must hold an int64 index [{count}], got {got}")

@@ -148,8 +148,8 @@ def check_conv_channels(
         raise ValueError(f"w must have a kernel of at least 1 x 1, got {tuple(kernel)}")
     ins = channel_layout(in_index, kept[0], "in_index", groups)
     outs = channel_layout(out_index, kept[1], "out_index", groups)
-    check_layout("in_index", ins, kept[0], device)
-    check_layout("out_index", outs, kept[1], device)
+    check_layout("in_index", ins, kept[0], device, groups)
+    check_layout("out_index", outs, kept[1], device, groups)
     if in_channels is not None and in_channels != ins.width:
         raise ValueError(f"x must have {ins.width} channels for in_index, got {in_channels}")
     return ins, outs
