@@ -2,10 +2,16 @@
 
 from setuptools import setup
 
-PACKAGES = ("kernels", "kernels/gluon", "sparse_ops", "pruning", "benchmarks")
+FOLDERS = {
+    "slimgemm.kernels": "kernels",
+    "slimgemm.kernels.gluon": "kernels/gluon",
+    "slimgemm.sparse_ops": "sparse_ops",
+    "slimgemm.pruning": "pruning",
+    "slimgemm.benchmarks": "benchmarks",
+}
 
 setup(
-    packages=["slimgemm." + folder.replace("/", ".") for folder in PACKAGES],
-    package_dir={"slimgemm." + folder.replace("/", "."): folder for folder in PACKAGES},
-    package_data={"slimgemm." + folder.replace("/", "."): ["py.typed", "*.md", "*.csv", "*.json"] for folder in PACKAGES},
+    packages=list(FOLDERS),
+    package_dir=FOLDERS,
+    package_data={name: ["py.typed", "*.md", "*.csv", "*.json"] for name in FOLDERS},
 )

@@ -1,4 +1,4 @@
-"""Packed formats and the kernels that read them. Each op runs on a GPU (Triton) and on a CPU (torch).
+"""Packed formats and the kernels that read them; each op runs on GPU (Triton) and CPU (torch).
 
 The ops have the names of their files; `from slimgemm.kernels.spmm_24 import spmm_24` is the
 Triton launcher itself, `slimgemm.kernels.spmm_24` picks by the device of its first operand.
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def pack_24(w: Tensor, keep: int = 2, group: int = 4) -> Packed24:
-    """Pack a weight [N, K] that already is keep:group along K; refuses any other. See pack_24.py."""
+    """Pack a weight [N, K] that is keep:group along K; refuses any other. See pack_24.py."""
     return implementation("pack_24", w.device)(w, keep, group)
 
 
@@ -40,7 +40,7 @@ def unpack_24(packed: Packed24) -> Tensor:
 
 
 def prune_24(w: Tensor, keep: int = 2, group: int = 4) -> Packed24:
-    """Keep the `keep` largest magnitudes of every `group` of a [N, K] weight, packed. See prune_24.py."""
+    """Keep the `keep` largest |w| of every `group` of [N, K], packed. See prune_24.py."""
     return implementation("prune_24", w.device)(w, keep, group)
 
 

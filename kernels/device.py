@@ -21,7 +21,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def check_operand(name: str, tensor: torch.Tensor, device: torch.device | None = None) -> None:
-    """Raise ValueError unless a kernel can take `tensor`: fp16, bf16 or fp32, on a GPU (or `device`)."""
+    """Raise ValueError unless `tensor` is fp16, bf16 or fp32, on a GPU (and on `device`)."""
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} must be float16, bfloat16 or float32, got {tensor.dtype}")
     if device is not None and tensor.device != device:
@@ -34,7 +34,7 @@ def check_operand(name: str, tensor: torch.Tensor, device: torch.device | None =
 
 @triton.jit
 def byte_lanes(byte, lane, KEEP: tl.constexpr, GROUP: tl.constexpr):
-    """(kept, rank) of dense lane 0..7 in a byte of meta: rank counts the byte's kept weights below it."""
+    """(kept, rank) of lane 0..7 in a byte of meta: rank counts the byte's kept weights below."""
     if KEEP == 2 and GROUP == 4:
         nibble = byte >> (lane // 4 * 4)
         second = (nibble >> 2) & 3
@@ -54,7 +54,7 @@ def byte_lanes(byte, lane, KEEP: tl.constexpr, GROUP: tl.constexpr):
 def expand(
     values, meta, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Dense [ROWS, COLUMNS] tile from values [ROWS, COLUMNS * KEEP / GROUP] and meta [ROWS, COLUMNS / 8]."""
+    """Dense [ROWS, COLUMNS] of values [ROWS, COLUMNS * KEEP / GROUP], meta [ROWS, COLUMNS / 8]."""
     BYTES: tl.constexpr = COLUMNS // 8
     STORED: tl.constexpr = 8 * KEEP // GROUP
     lane = tl.arange(0, 8)[None, None, :]
@@ -136,7 +136,7 @@ def store_kept(
     v_ptr, m_ptr, dense, offs_n, first_byte, N, columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Store a dense fp32 tile [ROWS, COLUMNS] at the kept positions only; the inverse of `expand`."""
+    """Store a dense fp32 tile [ROWS, COLUMNS] at the kept positions; the inverse of `expand`."""
     BYTES: tl.constexpr = COLUMNS // 8
     STORED: tl.constexpr = 8 * KEEP // GROUP
     offs_b = first_byte + tl.arange(0, BYTES)
@@ -153,19 +153,19 @@ def store_kept(
 
 @triton.jit
 def row_offsets(offs_m, inner, stride_outer, stride_inner):
-    """int64 offset of each row of an operand whose rows are numbered over two axes, [outer, inner]."""
+    """int64 offset of each row of an operand whose rows number two axes, [outer, inner]."""
     rows = offs_m.to(tl.int64)
     return rows // inner * stride_outer + rows % inner * stride_inner
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot for a linear layer: tf32 if the caller allowed it in torch.backends."""
+    """`input_precision` of tl.dot for a linear layer: tf32 if torch.backends allows it."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def conv_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot for a convolution: tf32 if the caller allowed it in torch.backends."""
+    """`input_precision` of tl.dot for a convolution: tf32 if torch.backends allows it."""
     tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -182,7 +182,7 @@ class Rows(NamedTuple):
 
 
 def as_rows(x: torch.Tensor) -> Rows:
-    """`x` [..., columns] as Rows, without a copy unless its leading axes need three or more strides."""
+    """`x` [..., columns] as Rows; a copy only if its leading axes need three or more strides."""
     axes = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
     merged: list[tuple[int, int]] = []
     for size, stride in axes:
@@ -202,4 +202,8 @@ def as_rows(x: torch.Tensor) -> Rows:
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 in the interpreter, where nothing runs side by side."""
-    return 1 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
+    return (
+        1
+        if device.type != "cuda"
+        else torch.cuda.get_device_properties(device).multi_processor_count
+    )

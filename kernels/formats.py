@@ -40,7 +40,7 @@ class Packed24(NamedTuple):
     """A weight with `keep` of every `group` values stored; [N, k] when dense.
 
     Args:
-        values: [N, ceil(k/8) * 8 * keep / group], any floating dtype, row-major; ascending position.
+        values: [N, ceil(k/8) * 8 * keep / group], floating, row-major; ascending position.
         meta: uint8 [N, ceil(k/8)], row-major; bit order in the module docstring.
         k: dense columns, before padding to a multiple of 8.
         keep, group: 2:4 unless said otherwise.
@@ -101,7 +101,7 @@ def positions_of_byte(byte: int, keep: int, group: int) -> list[int] | None:
 
 @functools.cache
 def position_table(keep: int, group: int) -> Tensor:
-    """int64 [256, values per byte]: kept positions of every byte, -1 where the byte is not valid."""
+    """int64 [256, values per byte]: kept positions of every byte, -1 where it is not valid."""
     check_pattern(keep, group)
     width = values_per_byte(keep, group)
     rows = [positions_of_byte(byte, keep, group) or [-1] * width for byte in range(256)]
@@ -110,7 +110,7 @@ def position_table(keep: int, group: int) -> Tensor:
 
 @functools.cache
 def byte_table(keep: int, group: int) -> Tensor:
-    """uint8 [256]: the byte of meta for a bit mask of kept positions; 0 where no byte names that mask."""
+    """uint8 [256]: the byte of meta for a mask of kept positions; 0 where no byte names it."""
     check_pattern(keep, group)
     table = torch.zeros(256, dtype=torch.uint8)
     for byte in range(256):
@@ -121,7 +121,7 @@ def byte_table(keep: int, group: int) -> Tensor:
 
 
 def check_shapes(packed: Packed24) -> None:
-    """Raise ValueError unless shapes, dtypes, devices and layouts fit the format. Reads no element."""
+    """Raise ValueError unless shapes, dtypes, devices and strides fit. Reads no element."""
     values, meta, k, keep, group = packed
     check_pattern(keep, group)
     if values.ndim != 2 or not values.dtype.is_floating_point:
@@ -131,7 +131,8 @@ def check_shapes(packed: Packed24) -> None:
     want_values, want_meta = packed_shapes(values.shape[0], k, keep, group)
     if k < 0 or tuple(values.shape) != want_values:
         raise ValueError(
-            f"values must be {list(want_values)} for k={k} at {keep}:{group}, got {list(values.shape)}"
+            f"values must be {list(want_values)} for k={k} at {keep}:{group}, "
+            f"got {list(values.shape)}"
         )
     if meta.dtype != torch.uint8 or tuple(meta.shape) != want_meta:
         raise ValueError(
@@ -161,10 +162,13 @@ def check(packed: Packed24) -> None:
     first = int(bad.int().argmax())
     row, column = divmod(first, meta.shape[1])
     byte = int(meta.reshape(-1)[first])
-    why = "its positions are not ascending" if (keep, group) == (2, 4) else f"no {keep}:{group} mask"
+    why = (
+        "its positions are not ascending" if (keep, group) == (2, 4) else f"no {keep}:{group} mask"
+    )
     raise ValueError(
         f"meta is not valid in {int(bad.sum())} bytes: row {row}, byte {column} (weights "
-        f"{8 * column}-{8 * column + 7}) is 0b{byte:08b}, {why}; the file or tensor is damaged, pack the dense weight again"
+        f"{8 * column}-{8 * column + 7}) is 0b{byte:08b}, {why}; "
+        "the file or tensor is damaged, pack the dense weight again"
     )
 
 
@@ -185,11 +189,13 @@ class ChannelIndex(NamedTuple):
         return self.index.numel()
 
 
-def channel_index(index: Tensor | list[int] | range, width: int, name: str = "index") -> ChannelIndex:
+def channel_index(
+    index: Tensor | list[int] | range, width: int, name: str = "index"
+) -> ChannelIndex:
     """A checked ChannelIndex.
 
     Raises:
-        ValueError: an index is negative, repeated, out of order or not below `width`; the place is named.
+        ValueError: an index is negative, repeated, out of order or not below `width`.
     """
     tensor = torch.as_tensor(list(index) if isinstance(index, range) else index)
     if tensor.numel() == 0:

@@ -1,4 +1,6 @@
-"""pack_24: dense [N, K] -> Packed24, checked in the same pass. One program packs a [BLOCK_N, 8 * BLOCK_BYTES] tile.
+"""pack_24: dense [N, K] -> Packed24, checked in the same pass.
+
+One program packs a [BLOCK_N, 8 * BLOCK_BYTES] tile.
 
 Bound by memory: reads 2 and writes 1.125 bytes per 16-bit weight at 2:4. The kernel keeps the
 `keep` largest |w| of each group, ties to the lower index; a group that already is keep:group
@@ -66,10 +68,16 @@ def _pack_24_kernel(
         byte = tl.sum(tl.reshape(bits, (BLOCK_N, BLOCK_BYTES, 8 // GROUP)) << shift, axis=2)
         offs_b = pid_k * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)
         mask_b = (offs_n < N)[:, None] & (offs_b < columns)[None, :]
-        tl.store(m_ptr + offs_n[:, None] * columns + offs_b[None, :], byte.to(tl.uint8), mask=mask_b)
+        tl.store(
+            m_ptr + offs_n[:, None] * columns + offs_b[None, :], byte.to(tl.uint8), mask=mask_b
+        )
     if WRITE_DENSE:
         where_d = offs_n[:, None, None] * K + offs_k[None, :, :]
-        tl.store(d_ptr + where_d, tl.where(kept & (w != 0.0), w, 0.0).to(d_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            d_ptr + where_d,
+            tl.where(kept & (w != 0.0), w, 0.0).to(d_ptr.dtype.element_ty),
+            mask=mask,
+        )
     if COUNT_BAD:
         lost = tl.max(((w != 0.0) & (kept == 0)).to(tl.int32), axis=2)  # [BLOCK_N, GROUPS]
         count = tl.sum(tl.sum(lost, axis=1), axis=0)
@@ -79,8 +87,10 @@ def _pack_24_kernel(
         tl.atomic_min(bad_ptr + 1, first_bad, mask=count > 0)
 
 
-def launch_pack(w: Tensor, keep: int, group: int, *, dense: bool, count: bool) -> tuple[Packed24 | Tensor, Tensor]:
-    """Prune `w` to keep:group; packed, or dense with zeros. Also int64 [2]: bad groups, first bad group.
+def launch_pack(
+    w: Tensor, keep: int, group: int, *, dense: bool, count: bool
+) -> tuple[Packed24 | Tensor, Tensor]:
+    """Prune `w` to keep:group; packed, or dense. Also int64 [2]: bad groups, first bad group.
 
     The second result is only written when `count`; nothing here waits for the device.
     """

@@ -48,22 +48,25 @@ def check_dense(w: Tensor) -> None:
         raise ValueError(f"weight must be a floating matrix [N, K], got {w.dtype} {list(w.shape)}")
 
 
-def raise_not_packable(keep: int, group: int, groups: int, count: int, first: int, nonzeros: int) -> None:
+def raise_not_packable(
+    keep: int, group: int, groups: int, count: int, first: int, nonzeros: int
+) -> None:
     """Raise the error of a weight that has more than `keep` non-zeros in a group.
 
     Args:
-        groups: groups per row; first: row-major number of the first bad group; count: bad groups in all.
+        groups: groups per row; first: row-major number of the first bad one; count: bad ones.
         nonzeros: non-zeros in the first bad group.
     """
     row, g = divmod(first, groups)
     raise ValueError(
-        f"weight is not {keep}:{group}: row {row}, columns {g * group}-{g * group + group - 1} hold "
-        f"{nonzeros} nonzeros ({count} such groups in all); prune it first (slimgemm.pruning.plan)"
+        f"weight is not {keep}:{group}: row {row}, columns {g * group}-{g * group + group - 1} "
+        f"hold {nonzeros} nonzeros ({count} such groups in all); prune it first "
+        "(slimgemm.pruning.plan)"
     )
 
 
 def _kept_mask(w: Tensor, keep: int, group: int) -> Tensor:
-    """bool, shape of `w` [N, groups, group]: the `keep` largest |w|, NaN above all, ties to the lower index."""
+    """bool [N, groups, group]: the `keep` largest |w|, NaN above all, ties to the lower index."""
     order = w.abs().sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(w, dtype=torch.bool).scatter_(-1, order[..., :keep], True)
 
@@ -124,7 +127,7 @@ def unpack_24_ref(packed: Packed24) -> Tensor:
 
 
 def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
-    """The entries of a dense [N, k] at the kept positions of `packed`: [N, stored], 0 in the padding."""
+    """Entries of a dense [N, k] at the kept positions of `packed`: [N, stored], 0 in padding."""
     _, meta, k, keep, group = packed
     positions = _positions(meta, keep, group)
     padded = F.pad(dense, (0, meta.shape[1] * BYTE_WEIGHTS - k))
@@ -132,7 +135,11 @@ def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
 
 
 def spmm_24_ref(
-    x: Tensor, w: Packed24, bias: Tensor | None = None, scale: Tensor | None = None, act: str = "none"
+    x: Tensor,
+    w: Packed24,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    act: str = "none",
 ) -> Tensor:
     """Twin of spmm_24: act((x @ dense(w).T) * scale + bias), x [..., k] -> [..., N]."""
     dense = unpack_24_ref(w)
@@ -154,7 +161,7 @@ def spmm_24_wgrad_ref(dy: Tensor, x: Tensor, w: Packed24) -> Tensor:
 
 
 def output_error(got: Tensor, exact: Tensor) -> float:
-    """Largest difference over the largest magnitude of `exact` (float64); NaN where `got` has one."""
+    """Largest difference over the largest magnitude of `exact` (float64); NaN if `got` has one."""
     if got.numel() == 0:
         return 0.0
     scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)

@@ -96,7 +96,7 @@ def _add_parts_kernel(
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     where = offs_m[:, None] * N + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for part in range(parts):
+    for _ in range(parts):
         acc += tl.load(p_ptr + where, mask=mask, other=0.0)
         p_ptr += M.to(tl.int64) * N
     acc = finish(acc, b_ptr, s_ptr, offs_n, N, HAS_BIAS, HAS_SCALE, ACT)
@@ -123,7 +123,7 @@ def add_parts(
 
 
 def check_epilogue(n: int, x: Tensor, bias: Tensor | None, scale: Tensor | None, act: str) -> None:
-    """Raise ValueError unless bias [n] and scale [n] are contiguous, beside `x`, and `act` is known."""
+    """Raise ValueError unless bias and scale are contiguous [n] beside `x`, and `act` is known."""
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
     for name, t in (("bias", bias), ("scale", scale)):
@@ -140,7 +140,8 @@ def check_pair(name: str, x: Tensor, columns: int, packed: Packed24) -> None:
     check_operand(name, x)
     if x.ndim < 1 or x.shape[-1] != columns:
         raise ValueError(
-            f"{name} must be [..., {columns}] for a {list(packed.shape)} weight, got {list(x.shape)}"
+            f"{name} must be [..., {columns}] for a {list(packed.shape)} weight, "
+            f"got {list(x.shape)}"
         )
     if packed.values.dtype != x.dtype or packed.values.device != x.device:
         raise ValueError(
@@ -168,7 +169,7 @@ def spmm_24(
         act: none, relu, gelu, gelu_tanh, silu or relu2 (relu squared).
         tile, split: tile and number of parts of K; chosen from kernels/configs.py unless given.
     Returns:
-        [..., N], dtype of `x`, contiguous. Accumulated in fp32; tf32 only where torch.backends allows it.
+        [..., N], dtype of `x`, contiguous; fp32 sums, tf32 only where torch.backends allows.
     Raises:
         ValueError: a shape, dtype, device or activation is not as above.
 

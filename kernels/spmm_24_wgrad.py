@@ -1,4 +1,6 @@
-"""spmm_24_wgrad: dvalues = (dY.T @ X) at the kept positions; dY [M, N], X [M, K], dvalues [N, stored].
+"""spmm_24_wgrad: dvalues = (dY.T @ X) at the kept positions.
+
+dY [M, N], X [M, K], dvalues [N, stored].
 
 One program owns a [BLOCK_N, BLOCK_K] tile of dW in registers and one part of M; the tile is
 thinned to its kept positions before it leaves, so N * K / 2 values are written at 2:4 and no
@@ -77,7 +79,7 @@ def spmm_24_wgrad(
         w: packed weight [N, k] of the same dtype and device; only its metadata is read.
         tile, split: tile and number of parts of the rows; from kernels/configs.py unless given.
     Returns:
-        [N, stored], dtype of `dy`: the entries of dy.T @ x at the kept positions, 0 in the padding of k.
+        [N, stored], dtype of `dy`: dy.T @ x at the kept positions, 0 in the padding of k.
     Raises:
         ValueError: a shape, dtype or device is not as above.
 

@@ -143,7 +143,9 @@ def _replaced_class(module: nn.Module) -> str:
 def _shrunk_entries(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, module in model.named_modules():
         kept = {key: getattr(module, key, None) for key in ("kept_in", "kept_out")}
-        if hasattr(module, "to_dense") or not any(isinstance(k, ChannelIndex) for k in kept.values()):
+        if hasattr(module, "to_dense") or not any(
+            isinstance(k, ChannelIndex) for k in kept.values()
+        ):
             continue
         entry: dict[str, Any] = {"class": type(module).__name__}
         for key, index in kept.items():
@@ -172,8 +174,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); copy the checkpoint again") from error
     if manifest.get("format") != FORMAT or version != VERSION:
         raise CheckpointError(
-            f"{path} says format {manifest.get('format')!r} version {version!r}, this slimgemm reads "
-            f"{FORMAT!r} version {VERSION}; update slimgemm"
+            f"{path} says format {manifest.get('format')!r} version {version!r}, this slimgemm "
+            f"reads {FORMAT!r} version {VERSION}; update slimgemm"
         )
     if manifest_digest(manifest) != claimed:
         raise CheckpointError(f"{path} is damaged: its sha256 differs; copy the checkpoint again")
@@ -230,7 +232,9 @@ def _get(model: nn.Module, name: str) -> nn.Module:
         raise CheckpointError(f"the model has no layer {name!r}, the checkpoint has") from None
 
 
-def _packed_module(model: nn.Module, name: str, entry: dict[str, Any]) -> tuple[list[str], nn.Module]:
+def _packed_module(
+    model: nn.Module, name: str, entry: dict[str, Any]
+) -> tuple[list[str], nn.Module]:
     """(names, empty packed module) for one packed layer of the checkpoint."""
     dense = _get(model, name)
     twins = {converter.__self__.__name__: converter.__self__ for converter in CONVERTERS.values()}
@@ -252,7 +256,8 @@ def _check_shrunk(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
     module = _get(model, name)
     if type(module).__name__ != entry["class"]:
         raise CheckpointError(
-            f"{name} is a {type(module).__name__} in the model, a {entry['class']} in the checkpoint"
+            f"{name} is a {type(module).__name__} in the model, "
+            f"a {entry['class']} in the checkpoint"
         )
     weight = getattr(module, "weight", None)
     for axis, key in enumerate(("kept_out", "kept_in")):
@@ -261,12 +266,14 @@ def _check_shrunk(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
         width = entry[key]["width"]
         if weight.shape[axis] not in (width, width // getattr(module, "groups", 1)):
             raise CheckpointError(
-                f"{name} is {list(weight.shape)} in the model, the checkpoint was cut from a width of "
-                f"{width} on axis {axis}; load it into the model it was saved from"
+                f"{name} is {list(weight.shape)} in the model, the checkpoint was cut from "
+                f"width {width} on axis {axis}; load it into the model it was saved from"
             )
 
 
-def _shrink(module: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _shrink(
+    module: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     """Give `module` the widths of the checkpoint; its tensors are loaded afterwards."""
     for key, value in entry["attributes"].items():
         setattr(module, key, tuple(value) if isinstance(value, list) else value)
@@ -280,7 +287,9 @@ def _shrink(module: nn.Module, name: str, entry: dict[str, Any], tensors: dict[s
             if value is None or saved is None:
                 continue
             empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
-            store[key] = nn.Parameter(empty, value.requires_grad) if store is module._parameters else empty
+            store[key] = (
+                nn.Parameter(empty, value.requires_grad) if store is module._parameters else empty
+            )
 
 
 def _check_state(model: nn.Module, state: dict[str, Tensor], folder: Any) -> None:
@@ -292,8 +301,8 @@ def _check_state(model: nn.Module, state: dict[str, Tensor], folder: Any) -> Non
     for name, shape in wanted.items():
         if state[name].shape != shape:
             raise CheckpointError(
-                f"{name} is {list(shape)} in the model, {list(state[name].shape)} in the checkpoint; "
-                "load it into the model it was saved from"
+                f"{name} is {list(shape)} in the model, {list(state[name].shape)} in the "
+                "checkpoint; load it into the model it was saved from"
             )
 
 

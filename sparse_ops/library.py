@@ -31,9 +31,7 @@ def define(schema: str, forward: Any, fake: Any) -> Any:
 
 def autograd(name: str, backward: Any, save: Any) -> None:
     """Register the gradient of slimgemm::`name`."""
-    torch.library.register_autograd(
-        f"slimgemm::{name}", backward, setup_context=save, lib=LIBRARY
-    )
+    torch.library.register_autograd(f"slimgemm::{name}", backward, setup_context=save, lib=LIBRARY)
 
 
 def act_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:
@@ -101,8 +99,8 @@ def _spmm_backward(ctx, dy):
 
 
 spmm_24 = define(
-    f"spmm_24(Tensor x, Tensor values, Tensor meta, Tensor? bias, Tensor? scale, {PATTERN}, str act)"
-    " -> Tensor",
+    "spmm_24(Tensor x, Tensor values, Tensor meta, Tensor? bias, Tensor? scale, "
+    f"{PATTERN}, str act) -> Tensor",
     _spmm,
     _spmm_fake,
 )
@@ -154,7 +152,7 @@ def _wgrad_fake(dy, x, values, meta, k, keep, group):
 
 
 def _wgrad_save(ctx, inputs, output):
-    dy, x, values, meta, *ctx.pattern = inputs
+    dy, x, _, meta, *ctx.pattern = inputs
     ctx.save_for_backward(dy, x, meta)
 
 

@@ -49,7 +49,7 @@ class PackedModule(nn.Module):
         return Packed24(self.values, self.meta, self._packed_k, self.keep, self.group)
 
     def set_packed(self, packed: Packed24) -> None:
-        """Take the values and metadata of `packed`, which must have this module's shape and pattern."""
+        """Take the values and metadata of `packed`, of this module's shape and pattern."""
         mine = (self._packed_k, self.keep, self.group)
         if packed[2:] != mine or packed.values.shape != self.values.shape:
             raise ValueError(
@@ -142,7 +142,7 @@ class SparseLinear24(PackedModule):
 
     @classmethod
     def like(cls, linear: nn.Linear, *, keep: int = 2, group: int = 4) -> SparseLinear24:
-        """A packed module of the sizes of `linear`, sharing its bias, its weight on the meta device."""
+        """A module of the sizes of `linear`, sharing its bias; its weight is on the meta device."""
         sizes = linear.in_features, linear.out_features, False
         module = cls(*sizes, device="meta", dtype=linear.weight.dtype, keep=keep, group=group)
         module.values.requires_grad_(linear.weight.requires_grad)

@@ -29,7 +29,7 @@ CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of one layer. Bytes are of the weight; times are microseconds on the input seen."""
+    """What became of one layer. Bytes are of the weight; times are on the input seen."""
 
     name: str
     kind: str
@@ -44,7 +44,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """One LayerReport for every linear and convolution of the model; `print` shows it as a table."""
+    """One LayerReport for every linear and convolution; `print` shows it as a table."""
 
     layers: list[LayerReport] = field(default_factory=list)
 
@@ -54,7 +54,15 @@ class CompressReport:
         return [layer for layer in self.layers if layer.packed]
 
     def __str__(self) -> str:
-        columns = ["layer", "shape", "result", "dense bytes", "packed bytes", "dense us", "packed us"]
+        columns = [
+            "layer",
+            "shape",
+            "result",
+            "dense bytes",
+            "packed bytes",
+            "dense us",
+            "packed us",
+        ]
         rows = []
         for layer in self.layers:
             result = f"packed ({layer.kind})" if layer.packed else f"dense: {layer.reason}"
@@ -111,7 +119,9 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
     return model(example_inputs)
 
 
-def seen_inputs(model: nn.Module, layers: list[nn.Module], example_inputs: Any) -> dict[nn.Module, Tensor]:
+def seen_inputs(
+    model: nn.Module, layers: list[nn.Module], example_inputs: Any
+) -> dict[nn.Module, Tensor]:
     """The first input of each layer whose forward runs in one pass of the model."""
     seen: dict[nn.Module, Tensor] = {}
 
@@ -142,7 +152,9 @@ def refusal(module: nn.Module, holders: list[str], seen: dict[nn.Module, Tensor]
     if holders:
         return f"its weight is shared with {', '.join(holders)}, which needs it dense"
     if seen is not None and module not in seen:
-        return "its forward did not run on the example inputs, so another module may read its weight"
+        return (
+            "its forward did not run on the example inputs, so another module may read its weight"
+        )
     return ""
 
 
@@ -272,7 +284,7 @@ def _layer_report(module: nn.Module, name: str, choice: Choice) -> LayerReport:
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """The inverse of compress, in place: every packed module becomes the dense layer it packs, exactly.
+    """The inverse of compress, in place: packed modules become the dense layers they pack.
 
     Names, hooks, train/eval state, device, requires_grad and shared weights stay as they are.
     """

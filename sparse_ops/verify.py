@@ -108,7 +108,9 @@ def _parameters(name: str, dense: nn.Module, reference: nn.Module, groups: int) 
 
 def _kept(tensor: Tensor, shape: torch.Size, module: nn.Module) -> Tensor:
     """`tensor` at the kept channels of a shrunk module, or as it is."""
-    for axis, index in enumerate((getattr(module, "kept_out", None), getattr(module, "kept_in", None))):
+    for axis, index in enumerate(
+        (getattr(module, "kept_out", None), getattr(module, "kept_in", None))
+    ):
         fits = axis < tensor.ndim and isinstance(index, ChannelIndex)
         if fits and tensor.shape[axis] == index.width and shape[axis] == index.kept:
             tensor = tensor.index_select(axis, index.index.to(tensor.device))

@@ -1,4 +1,4 @@
-"""Set-up of every test: the Triton interpreter where there is no GPU, and no memory that looks clean."""
+"""Set-up of every test: the Triton interpreter where there is no GPU, NaN in new memory."""
 
 import os
 

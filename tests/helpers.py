@@ -10,7 +10,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def random_24(n, k, dtype=torch.float32, keep=2, group=4, seed=0, device="cpu"):
-    """Random dense [n, k] that is keep:group along k, random positions; never more than `keep` of a group."""
+    """Random dense [n, k] that is keep:group along k, at random positions."""
     g = seeded(seed)
     padded = -(-k // group) * group
     w = torch.randn(n, padded // group, group, generator=g)

@@ -6,7 +6,7 @@ from helpers import assert_no_worse_than_dense, randn, random_24
 
 from slimgemm.kernels import reference
 from slimgemm.kernels.configs import Tile
-from slimgemm.kernels.formats import PATTERNS, Packed24
+from slimgemm.kernels.formats import Packed24
 from slimgemm.kernels.pack_24 import pack_24
 from slimgemm.kernels.spmm_24 import spmm_24
 from slimgemm.kernels.spmm_24_dgrad import spmm_24_dgrad
