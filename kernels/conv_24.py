@@ -4,7 +4,7 @@
                       X[b, oh * stride_h - top + y * dilation_h, ..., c] * W[o, y, x, c]
 
 Rows are the B * OH * OW output pixels, columns the out channels of one group, and the sum walks
-the columns of the packed matrix (kernels/reference_conv.py), whose pixels of X are addressed in the
+the columns of the packed matrix (kernels/conv_layout.py), whose pixels of X are addressed in the
 kernel: no im2col matrix is in memory, and X may have any strides. One program owns a
 [BLOCK_M, BLOCK_N] tile of Y and one part of the sum; with more than one part, the parts go to an
 fp32 buffer that a second kernel adds in a fixed order, so results repeat bit for bit.
@@ -22,6 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.conv_layout import (
+    Convolution,
+    Padding,
+    check_image,
+    check_weight,
+    convolution,
+    memory_format,
+)
 from slimgemm.kernels.device import (
     check_operand,
     conv_precision,
@@ -31,29 +39,32 @@ from slimgemm.kernels.device import (
     multiprocessors,
 )
 from slimgemm.kernels.formats import Packed24
-from slimgemm.kernels.pack_24 import pack_24
-from slimgemm.kernels.reference_conv import (
-    Convolution,
-    Padding,
-    check_image,
-    check_weight,
-    conv_matrix,
-    conv_weight,
-    convolution,
-    memory_format,
-)
 from slimgemm.kernels.spmm_24 import check_epilogue, finish
-from slimgemm.kernels.unpack_24 import unpack_24
 
 # Pixels -> tile, the first whose `m` holds all, else the last; and for groups of at most 16 out
 # channels, where a wider tile would multiply columns that do not exist.
 CONV_24_TILES = (Tile(16, 64, 64), Tile(64, 64, 64), Tile(128, 64, 32, 8))
 CONV_24_NARROW_TILES = (Tile(16, 16, 64), Tile(128, 16, 32))
+# Without tensor cores a thread holds whole rows of both operands: wider tiles spill (688 bytes for
+# fp32 in 16 x 64 x 64 on sm_90).
+CONV_24_SCALAR_TILE = Tile(32, 32, 16)
+CONV_24_NARROW_SCALAR_TILE = Tile(64, 16, 16)
 
 
-def conv_tile(pixels: int, columns: int) -> Tile:
-    """The tile for `pixels` rows and `columns` out channels of a group."""
-    tiles = CONV_24_NARROW_TILES if columns <= 16 else CONV_24_TILES
+def multiply_adds(dtype: torch.dtype, device: torch.device) -> bool:
+    """True where `tl.dot` is made of multiply-adds: fp32 in full precision, and all of Turing."""
+    if torch.version.hip is not None:
+        return False  # matrix cores of CDNA multiply fp32
+    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return turing or (dtype == torch.float32 and conv_precision(dtype) == "ieee")
+
+
+def conv_tile(pixels: int, columns: int, scalar: bool) -> Tile:
+    """The tile for `pixels` rows and `columns` out channels of a group; `scalar` as multiply_adds."""
+    narrow = columns <= 16
+    if scalar:
+        return CONV_24_NARROW_SCALAR_TILE if narrow else CONV_24_SCALAR_TILE
+    tiles = CONV_24_NARROW_TILES if narrow else CONV_24_TILES
     return next((t for t in tiles if pixels <= t.m), tiles[-1])
 
 
@@ -207,41 +218,7 @@ def check_conv_operand(name: str, x: Tensor, channels: int, w: Packed24, conv: C
     """Raise ValueError unless images `x` with `channels` channels can meet `w` in one kernel."""
     check_weight(w, conv)
     check_operand(name, x)
-    check_image(name, x, channels)
-    if w.values.dtype != x.dtype or w.values.device != x.device:
-        raise ValueError(
-            f"{name} must be {w.values.dtype} on {w.values.device} as the weight, "
-            f"got {x.dtype} on {x.device}"
-        )
-
-
-def pack_conv(w: Tensor, keep: int = 2, group: int = 4) -> Packed24:
-    """Pack a convolution's weight that already is keep:group along its input channels.
-
-    Args:
-        w: [O, C, kh, kw], C channels per group, fp16, bf16 or fp32, any strides, on a GPU.
-    Returns:
-        The matrix [O, kh * kw * Cp] packed; Cp is C rounded up to a multiple of 8.
-    Raises:
-        ValueError: a group holds more than `keep` non-zeros (out channel, tap and input channels
-            are named), or dtype, rank or device are not as above.
-
-    Source: layout, kernels/reference_conv.py. Twin: reference_conv.pack_conv_ref.
-    """
-    check_operand("weight", w)
-    return pack_24(conv_matrix(w, keep, group), keep, group)
-
-
-def unpack_conv(packed: Packed24, weight_shape: Sequence[int]) -> Tensor:
-    """Expand a packed convolution weight to dense [O, C, kh, kw], exactly.
-
-    Raises:
-        ValueError: `packed` is not a weight of that shape.
-
-    Source: layout, kernels/reference_conv.py. Twin: reference_conv.unpack_conv_ref.
-    """
-    check_weight(packed, convolution(weight_shape))
-    return conv_weight(unpack_24(packed), weight_shape)
+    check_image(name, x, channels, w.values)
 
 
 def conv2d_24(
@@ -266,14 +243,14 @@ def conv2d_24(
     Raises:
         ValueError: a shape, dtype, device or option is not as above, or the kernel is too large.
 
-    Source: layout, kernels/reference_conv.py. Twin: reference_conv.conv2d_24_ref.
+    Source: layout, kernels/conv_layout.py. Twin: reference_conv.conv2d_24_ref.
     """
     conv = convolution(weight_shape, stride, padding, dilation, groups)
     check_conv_operand("x", x, conv.channels * groups, w, conv)
     check_epilogue(conv.out, x, bias, None, act)
     size = conv.output_size(*x.shape[2:])
     pixels, n = x.shape[0] * size[0] * size[1], conv.out // groups
-    tile = tile or conv_tile(pixels, n)
+    tile = tile or conv_tile(pixels, n, multiply_adds(x.dtype, x.device))
     programs = triton.cdiv(pixels, tile.m) * triton.cdiv(n, tile.n) * groups
     steps = triton.cdiv(conv.k, tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))

@@ -27,9 +27,11 @@ from slimgemm.kernels.conv_24 import (
     conv_tile,
     index_type,
     load_patches,
+    multiply_adds,
     new_images,
     pixel_of,
 )
+from slimgemm.kernels.conv_layout import Padding, check_output_gradient, convolution
 from slimgemm.kernels.device import (
     conv_precision,
     dot,
@@ -39,12 +41,18 @@ from slimgemm.kernels.device import (
     store_kept,
 )
 from slimgemm.kernels.formats import Packed24
-from slimgemm.kernels.reference_conv import Padding, check_output_gradient, convolution
 from slimgemm.kernels.spmm_24 import add_parts
 
 # m: pixels that a step walks; n: out channels; k: columns of the packed matrix.
 CONV_24_WGRAD_TILE = Tile(32, 64, 64)
 CONV_24_NARROW_WGRAD_TILE = Tile(64, 16, 64)
+
+
+def conv_wgrad_tile(columns: int, scalar: bool) -> Tile:
+    """The tile for `columns` out channels of a group; `scalar` as multiply_adds."""
+    if scalar:
+        return conv_tile(1, columns, scalar)
+    return CONV_24_NARROW_WGRAD_TILE if columns <= 16 else CONV_24_WGRAD_TILE
 
 
 @triton.jit
@@ -199,7 +207,7 @@ def conv2d_24_dgrad(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Source: layout, kernels/reference_conv.py. Twin: reference_conv.conv2d_24_dgrad_ref.
+    Source: layout, kernels/conv_layout.py. Twin: reference_conv.conv2d_24_dgrad_ref.
     """
     conv = convolution(weight_shape, stride, padding, dilation, groups)
     check_conv_operand("dy", dy, conv.out, w, conv)
@@ -208,7 +216,7 @@ def conv2d_24_dgrad(
     classes = [min(s, size) for s, size in zip(conv.stride, (height, width), strict=True)]
     pixels = batch * triton.cdiv(height, conv.stride[0]) * triton.cdiv(width, conv.stride[1])
     n = conv.out // groups
-    tile = tile or conv_tile(pixels, n)
+    tile = tile or conv_tile(pixels, n, multiply_adds(dy.dtype, dy.device))
     tiles_m = triton.cdiv(pixels, tile.m)
     programs = tiles_m * triton.cdiv(conv.channels, tile.k) * groups * classes[0] * classes[1]
     reach = [
@@ -254,7 +262,7 @@ def conv2d_24_wgrad(
     Raises:
         ValueError: a shape, dtype, device or option is not as above.
 
-    Source: layout, kernels/reference_conv.py. Twin: reference_conv.conv2d_24_wgrad_ref.
+    Source: layout, kernels/conv_layout.py. Twin: reference_conv.conv2d_24_wgrad_ref.
     """
     conv = convolution(weight_shape, stride, padding, dilation, groups)
     check_conv_operand("dy", dy, conv.out, w, conv)
@@ -262,7 +270,7 @@ def conv2d_24_wgrad(
     check_output_gradient(dy, x.shape, conv)
     size = dy.shape[2:]
     pixels, n = dy.shape[0] * size[0] * size[1], conv.out // groups
-    tile = tile or (CONV_24_NARROW_WGRAD_TILE if n <= 16 else CONV_24_WGRAD_TILE)
+    tile = tile or conv_wgrad_tile(n, multiply_adds(dy.dtype, dy.device))
     programs = triton.cdiv(n, tile.n) * triton.cdiv(conv.k, tile.k) * groups
     steps = triton.cdiv(pixels, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
