@@ -1,4 +1,4 @@
-"""How a kernel addresses the kept channels of an axis: as one range, as aligned runs, or one by one.
+"""How a kernel addresses the kept channels of an axis: as a range, as aligned runs, one by one.
 
     kept                      start  run     a kernel reads
     0 1 2 ... 47              0      RANGE   start + position                  no index
@@ -6,8 +6,8 @@
     0 3 4 9                   -      RAGGED  index[position]
 
 A run is 8 or 16 channels long, aligned to its length, so a thread can read 16 bytes at once. The
-kind is found once, when the index is checked: on a GPU that waits for the device, later calls do not.
-All kinds give the same result.
+kind is found once, when the index is checked: on a GPU that waits for the device, later calls do
+not. All kinds give the same result.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class ChannelLayout(NamedTuple):
     run: int = RANGE
 
 
-# (version of the tensor, width, groups) and (start, run) of each index seen, while the tensor lives.
+# Of each index seen, while it lives: (version of the tensor, width, groups) and (start, run).
 _SEEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def check_groups(index: ChannelIndex, groups: int, name: str) -> None:
-    """Raise ValueError unless each of `groups` equal parts of the axis keeps the same number of channels."""
+    """Raise ValueError unless each of `groups` parts of the axis keeps the same number."""
     if index.width % groups:
         raise ValueError(f"{name} must have a width that {groups} groups divide, got {index.width}")
     counts = torch.bincount(index.index.cpu() // max(index.width // groups, 1), minlength=groups)
@@ -67,7 +67,7 @@ def addressing(index: Tensor, groups: int = 1) -> tuple[int, int]:
     values = index.cpu()
     start = int(values[0])
     contiguous = int(values[-1]) - start + 1 == kept
-    # Triton knows a start to be aligned when it is a multiple of 16; other ranges are better as runs.
+    # Triton knows a start to be aligned if 16 divides it; other ranges are better as runs.
     if contiguous and start % 16 == 0:
         return start, RANGE
     for run in RUNS:
@@ -85,8 +85,8 @@ def channel_layout(
     """The layout of `index`, checked once per tensor; None keeps all of `width` channels.
 
     Raises:
-        ValueError: an index is negative, repeated, out of order or not below its width, or the groups
-            keep different numbers of channels.
+        ValueError: an index is negative, repeated, out of order or not below its width, or the
+            groups keep different numbers of channels.
     """
     if index is None:
         return ChannelLayout(None, width, width)

@@ -1,9 +1,9 @@
-"""conv2d_channels: Y[:, out] = act(conv2d(X[:, in], W) + bias); X [B, in width, H, W], Y [B, out width, ...].
+"""conv2d_channels: Y[:, out] = act(conv2d(X[:, in], W) + bias); X, Y [B, width, height, width].
 
-Implicit GEMM: rows are output pixels, columns the kept out channels of one group, and the inner axis
-runs over the taps of the kernel and the kept in channels of the group. One program owns a
-[BLOCK_M, BLOCK_N] tile of one group and one part of the inner axis; channels are gathered from X and
-scattered to Y by index, taps outside X read as zero. Parts are added in a fixed order.
+Implicit GEMM: rows are output pixels, columns the kept out channels of one group, and the inner
+axis runs over the taps of the kernel and the kept in channels of the group. One program owns a
+[BLOCK_M, BLOCK_N] tile of one group and one part of the inner axis; channels are gathered from X
+and scattered to Y by index, taps outside X read as zero. Parts are added in a fixed order.
 
 The gradient with respect to X is the same kernel with the roles exchanged. Row p of an output reads
 row (p * MUL + ADD + tap * TAP) / DIV of its source, where the division is whole:
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from slimgemm.kernels.channel_layout import ChannelLayout
 from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.conv_layout import memory_format
 from slimgemm.kernels.device import check_operand, conv_precision, dot, multiprocessors
 from slimgemm.kernels.formats import ChannelIndex
 from slimgemm.kernels.gemm_channels import (
@@ -37,7 +38,6 @@ from slimgemm.kernels.reference_channels import (
     check_conv,
     check_conv_dgrad,
     conv_geometry,
-    output_format,
     output_size,
 )
 
@@ -49,7 +49,8 @@ CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128,
 def _conv_channels_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, in_ptr, out_ptr,
     M, N, K, groups, height, width, out_pixels, out_width, in_start, out_start,
-    stride_xb, stride_xc, stride_xh, stride_xw, stride_wg, stride_wn, stride_wk, stride_wr, stride_ws,
+    stride_xb, stride_xc, stride_xh, stride_xw,
+    stride_wg, stride_wn, stride_wk, stride_wr, stride_ws,
     stride_yb, stride_yp, stride_yc, steps_per_part,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     MUL_H: tl.constexpr, MUL_W: tl.constexpr, ADD_H: tl.constexpr, ADD_W: tl.constexpr,
@@ -150,7 +151,8 @@ def _launch(
     if y.numel() == 0 or n == 0:
         return y
     bias = None if bias is None else bias.contiguous()
-    tile = tile or channels_tile(CONV_CHANNELS_TILES, m, x.dtype)
+    precision = conv_precision(x.dtype)
+    tile = tile or channels_tile(CONV_CHANNELS_TILES, m, x, precision)
     taps = kernel_h * kernel_w
     whole = per_tap(k, taps, tile.k)
     steps = taps * triton.cdiv(k, tile.k) if whole else triton.cdiv(k * taps, tile.k)
@@ -164,7 +166,7 @@ def _launch(
         *x.stride(), *w_strides, y.stride(0), y.stride(3), y.stride(1), triton.cdiv(steps, split),
         KERNEL_H=kernel_h, KERNEL_W=kernel_w, **mapping,
         IN_RUN=ins.run, OUT_RUN=outs.run, ACT=act, HAS_BIAS=bias is not None,
-        PARTIAL=partial, PER_TAP=whole, PRECISION=conv_precision(x.dtype),
+        PARTIAL=partial, PER_TAP=whole, PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -177,7 +179,7 @@ def _launch(
 def new_image(like: Tensor, channels: ChannelLayout, size: tuple[int, int]) -> Tensor:
     """[B, width, *size] in the memory format of `like`, zero where the kernel does not write."""
     shape = (like.shape[0], channels.width, *size)
-    y = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=output_format(like))
+    y = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
     return y if channels.kept == channels.width else y.zero_()
 
 
@@ -200,7 +202,7 @@ def conv2d_channels(
 
     Args:
         x: [B, in width, H, W], fp16, bf16 or fp32, any strides, on a GPU.
-        w: [kept_out, kept_in / groups, kernel height, kernel width], dtype and device of `x`, any strides.
+        w: [kept_out, kept_in / groups, height, width], dtype and device of `x`, any strides.
         in_index, out_index: kept channels, None for all; each group keeps the same number.
         bias: [kept_out], dtype and device of `x`.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d has them; padding also as
@@ -270,4 +272,6 @@ def _mapping(geometry: ConvGeometry, forward: bool) -> dict[str, int]:
     else:
         mul, add, tap, div = (1, 1), (top, left), (-dil_h, -dil_w), (high, wide)
     pairs = {"MUL": mul, "ADD": add, "TAP": tap, "DIV": div}
-    return {f"{name}_{axis}": v for name, pair in pairs.items() for axis, v in zip("HW", pair, strict=True)}
+    return {
+        f"{name}_{axis}": pair[i] for name, pair in pairs.items() for i, axis in enumerate("HW")
+    }

@@ -15,11 +15,12 @@ from slimgemm.kernels.channel_layout import ChannelLayout
 from slimgemm.kernels.configs import Tile, split_count
 from slimgemm.kernels.device import check_operand, conv_precision, dot, multiprocessors
 from slimgemm.kernels.formats import ChannelIndex
-from slimgemm.kernels.gemm_channels import kept_channels
+from slimgemm.kernels.gemm_channels import kept_channels, multiply_adds
 from slimgemm.kernels.reference_channels import check_conv_wgrad, conv_geometry
 from slimgemm.kernels.spmm_24 import add_parts
 
-CONV_CHANNELS_WGRAD_TILE = Tile(32, 64, 64, 4, 3)  # not tuned on a GPU
+# With tensor cores, and with multiply-adds. Not tuned on a GPU.
+CONV_CHANNELS_WGRAD_TILES = (Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 8, 3))
 
 
 @triton.jit
@@ -125,7 +126,9 @@ def conv2d_channels_wgrad(
         return dw
     pixels = dy.shape[2] * dy.shape[3]
     m = dy.shape[0] * pixels
-    tile = tile or CONV_CHANNELS_WGRAD_TILE
+    precision = conv_precision(dy.dtype)
+    slow = multiply_adds(dy.dtype, precision, dy.device)
+    tile = tile or CONV_CHANNELS_WGRAD_TILES[slow]
     programs = groups * triton.cdiv(n, tile.n) * triton.cdiv(k * taps, tile.k)
     steps = triton.cdiv(m, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
@@ -137,7 +140,7 @@ def conv2d_channels_wgrad(
         *dy.stride(), *x.stride(), triton.cdiv(steps, split),
         KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride_h, STRIDE_W=stride_w,
         TOP=top, LEFT=left, DILATION_H=dilation_h, DILATION_W=dilation_w,
-        OUT_RUN=outs.run, IN_RUN=ins.run, PRECISION=conv_precision(dy.dtype),
+        OUT_RUN=outs.run, IN_RUN=ins.run, PRECISION=precision,
         WIDE=m + tile.m >= 2**31, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""gemm_channels: Y[:, out] = act(X[:, in] @ W.T + bias); X [M, in width], W [N, K], Y [M, out width].
+"""gemm_channels: Y[:, out] = act(X[:, in] @ W.T + bias); X, Y [M, width], W [N, K].
 
 N out channels of Y and K in channels of X are kept. One program owns a [BLOCK_M, BLOCK_N] tile of
 the kept part of Y and one part of K: it gathers its columns of X and scatters its columns of Y by
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimgemm.kernels.channel_layout import ChannelLayout
+from slimgemm.kernels.channel_layout import RAGGED, ChannelLayout
 from slimgemm.kernels.configs import Tile, split_count
 from slimgemm.kernels.device import (
     as_rows,
@@ -31,8 +31,8 @@ from slimgemm.kernels.formats import ChannelIndex
 from slimgemm.kernels.reference_channels import check_bias_act, check_gemm
 from slimgemm.kernels.spmm_24 import finish
 
-# 16-bit rows of x -> tile; the first row whose `m` holds all rows is taken, else the last. fp32
-# halves `k`. Not tuned on a GPU.
+# Rows of x -> tile; the first row whose `m` holds all rows is taken, else the last. Chosen so that
+# nothing spills, not tuned on a GPU.
 GEMM_CHANNELS_TILES = (
     Tile(16, 64, 128, 4, 4),
     Tile(32, 64, 128, 4, 4),
@@ -132,7 +132,7 @@ def _add_channel_parts_kernel(
     mask_n = offs_n < N
     where = offs_m[:, None] * N + offs_n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for part in range(parts):
+    for _ in range(parts):
         acc += tl.load(p_ptr + where, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         p_ptr += tl.cast(M, tl.int64) * N
     store_channels(
@@ -158,10 +158,30 @@ def add_channel_parts(
     )  # fmt: skip
 
 
-def channels_tile(tiles: tuple[Tile, ...], m: int, dtype: torch.dtype) -> Tile:
-    """The row of `tiles` for `m` rows of x; fp32 takes half of `k`."""
+def multiply_adds(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
+    """True where tl.dot has no tensor cores: fp32 in full precision, and Turing (Triton <= 3.9)."""
+    if dtype == torch.float32 and precision == "ieee":
+        return True
+    if device.type != "cuda":
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 80
+
+
+def channels_tile(
+    tiles: tuple[Tile, ...], m: int, x: Tensor, precision: str, ragged: bool = False
+) -> Tile:
+    """The row of `tiles` for `m` rows of `x`; what must be smaller to stay in registers is.
+
+    An address for each element of a ragged tile of 128 x 128 spills, and so do the operands of
+    multiply-adds, which are unrolled over `k`.
+    """
     tile = next((t for t in tiles if m <= t.m), tiles[-1])
-    return tile._replace(k=tile.k // 2) if dtype == torch.float32 else tile
+    if multiply_adds(x.dtype, precision, x.device):
+        return Tile(min(tile.m, 64), 64, 16, 8, 3)
+    if x.dtype == torch.float32:
+        tile = tile._replace(k=tile.k // 2)
+    return tile._replace(n=min(tile.n, 64)) if ragged else tile
 
 
 def gemm_channels(
@@ -202,7 +222,9 @@ def gemm_channels(
     if y.numel() == 0 or n == 0:
         return y
     bias = None if bias is None else bias.contiguous()
-    tile = tile or channels_tile(GEMM_CHANNELS_TILES, rows.count, x.dtype)
+    precision = matmul_precision(x.dtype)
+    ragged = RAGGED in (ins.run, outs.run)
+    tile = tile or channels_tile(GEMM_CHANNELS_TILES, rows.count, x, precision, ragged)
     programs = triton.cdiv(rows.count, tile.m) * triton.cdiv(n, tile.n)
     steps = triton.cdiv(k, tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))
@@ -214,7 +236,7 @@ def gemm_channels(
         rows.stride_outer, rows.stride_inner, rows.stride_column, w.stride(0), w.stride(1),
         triton.cdiv(steps, split),
         IN_RUN=ins.run, OUT_RUN=outs.run, ACT=act, HAS_BIAS=bias is not None, PARTIAL=partial,
-        PRECISION=matmul_precision(x.dtype),
+        PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

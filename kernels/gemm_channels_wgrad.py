@@ -22,11 +22,12 @@ from slimgemm.kernels.device import (
     row_offsets,
 )
 from slimgemm.kernels.formats import ChannelIndex
-from slimgemm.kernels.gemm_channels import kept_channels
+from slimgemm.kernels.gemm_channels import kept_channels, multiply_adds
 from slimgemm.kernels.reference_channels import check_gemm_wgrad
 from slimgemm.kernels.spmm_24 import add_parts
 
-GEMM_CHANNELS_WGRAD_TILE = Tile(32, 64, 64, 4, 3)  # not tuned on a GPU
+# With tensor cores, and with multiply-adds. Not tuned on a GPU.
+GEMM_CHANNELS_WGRAD_TILES = (Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 8, 3))
 
 
 @triton.jit
@@ -96,7 +97,9 @@ def gemm_channels_wgrad(
     if dw.numel() == 0:
         return dw
     rows_y, rows_x = as_rows(dy), as_rows(x)
-    tile = tile or GEMM_CHANNELS_WGRAD_TILE
+    precision = matmul_precision(dy.dtype)
+    slow = multiply_adds(dy.dtype, precision, dy.device)
+    tile = tile or GEMM_CHANNELS_WGRAD_TILES[slow]
     programs = triton.cdiv(n, tile.n) * triton.cdiv(k, tile.k)
     steps = triton.cdiv(rows_y.count, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
@@ -107,7 +110,7 @@ def gemm_channels_wgrad(
         rows_y.stride_outer, rows_y.stride_inner, rows_y.stride_column,
         rows_x.stride_outer, rows_x.stride_inner, rows_x.stride_column,
         triton.cdiv(steps, split),
-        OUT_RUN=outs.run, IN_RUN=ins.run, PRECISION=matmul_precision(dy.dtype),
+        OUT_RUN=outs.run, IN_RUN=ins.run, PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

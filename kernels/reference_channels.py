@@ -1,4 +1,4 @@
-"""Plain torch twins of gemm_channels and conv2d_channels, and the checks that twins and kernels share.
+"""Torch twins of gemm_channels and conv2d_channels, and the checks that twins and kernels share.
 
 `<op>_ref` takes the arguments of `<op>` and runs on any device; it is what a CPU runs. Dropped
 channels of an input are never read, so what they hold (NaN too) does not matter.
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import RANGE, ChannelLayout, channel_layout, check_layout
+from slimgemm.kernels.conv_layout import four_paddings, memory_format, pair
 from slimgemm.kernels.formats import ChannelIndex
 from slimgemm.kernels.reference import ACTIVATIONS, activate
 
@@ -28,56 +29,30 @@ class ConvGeometry(NamedTuple):
     groups: int
 
 
-def _pair(name: str, value: int | tuple[int, ...] | list[int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-        raise ValueError(f"{name} must be one or two integers >= {least}, got {value}")
-    return pair
-
-
 def conv_geometry(kernel, stride=1, padding=0, dilation=1, groups: int = 1) -> ConvGeometry:
-    """Checked options of a convolution with a `kernel` (height, width), as torch.nn.functional.conv2d takes them.
+    """Checked options of a convolution with a `kernel` (height, width).
 
-    padding: an int, a pair, "valid", "same", or the four numbers of ConvGeometry.
+    Args:
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d takes them; padding also as
+            the four numbers of ConvGeometry.
     """
-    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
-    if padding == "same":
-        if stride != (1, 1):
-            raise ValueError(f"padding 'same' needs stride 1, got {stride}")
-        high, wide = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
-        return ConvGeometry(
-            stride, (high // 2, high - high // 2, wide // 2, wide - wide // 2), dilation, groups
-        )
-    if isinstance(padding, str):
-        if padding != "valid":
-            raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
-        padding = 0
-    if not isinstance(padding, int) and len(padding) == 4:
-        (top, bottom), (left, right) = (_pair("padding", padding[i : i + 2], 0) for i in (0, 2))
-        return ConvGeometry(stride, (top, bottom, left, right), dilation, groups)
-    high, wide = _pair("padding", padding, 0)
-    return ConvGeometry(stride, (high, high, wide, wide), dilation, groups)
+    stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    return ConvGeometry(stride, four_paddings(padding, kernel, stride, dilation), dilation, groups)
 
 
 def output_size(height: int, width: int, kernel, geometry: ConvGeometry) -> tuple[int, int]:
-    """(height, width) of the output; ValueError where the kernel is larger than the padded input."""
+    """(height, width) of the output; ValueError where the kernel is larger than the image."""
     (stride_h, stride_w), (top, bottom, left, right), (dil_h, dil_w), _ = geometry
     room_h = height + top + bottom - dil_h * (kernel[0] - 1) - 1
     room_w = width + left + right - dil_w * (kernel[1] - 1) - 1
     if room_h < 0 or room_w < 0:
         raise ValueError(
-            f"kernel {tuple(kernel)} with dilation {(dil_h, dil_w)} is larger than the padded input, "
-            f"{height + top + bottom} x {width + left + right}"
+            f"kernel {tuple(kernel)} with dilation {(dil_h, dil_w)} is larger than the padded "
+            f"input, {height + top + bottom} x {width + left + right}"
         )
     return room_h // stride_h + 1, room_w // stride_w + 1
-
-
-def output_format(x: Tensor) -> torch.memory_format:
-    """channels_last for an `x` [B, C, H, W] whose channels lie side by side, else contiguous."""
-    last = x.stride(1) == 1 and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
 
 
 def _check_same(first: str, a: Tensor, second: str, b: Tensor) -> None:
@@ -102,7 +77,7 @@ def check_bias_act(x: Tensor, n: int, bias: Tensor | None, act: str) -> None:
 def check_gemm(
     x: Tensor, w: Tensor, in_index: Channels, out_index: Channels
 ) -> tuple[ChannelLayout, ChannelLayout]:
-    """Layouts of the in and out channels; ValueError unless `x` [..., in] can meet `w` [kept out, kept in]."""
+    """Layouts of in and out; ValueError unless `x` [..., in] can meet `w` [kept out, kept in]."""
     if w.ndim != 2 or not w.dtype.is_floating_point:
         raise ValueError(
             f"w must be a floating matrix [kept_out, kept_in], got {w.dtype} {list(w.shape)}"
@@ -120,7 +95,7 @@ def check_gemm(
 def check_gemm_wgrad(
     dy: Tensor, x: Tensor, in_index: Channels, out_index: Channels
 ) -> tuple[ChannelLayout, ChannelLayout]:
-    """Layouts of the in and out channels; ValueError unless dy [..., out] and x [..., in] fit them."""
+    """Layouts of in and out; ValueError unless dy [..., out] and x [..., in] fit them."""
     _check_same("dy", dy, "x", x)
     if dy.ndim < 1 or dy.shape[:-1] != x.shape[:-1]:
         raise ValueError(
@@ -141,7 +116,7 @@ def check_conv_channels(
     in_channels: int | None, kernel, in_index: Channels, out_index: Channels,
     kept: tuple[int, int], groups: int, device: torch.device,
 ) -> tuple[ChannelLayout, ChannelLayout]:  # fmt: skip
-    """Layouts of a convolution that keeps `kept` (in, out) channels in all; ValueError where they do not fit."""
+    """Layouts of in and out; ValueError unless they keep `kept` (in, out) channels in all."""
     if kept[1] % groups:
         raise ValueError(f"w must have out channels that {groups} groups divide, got {kept[1]}")
     if min(kernel) < 1:
@@ -173,7 +148,8 @@ def check_conv_weight(w: Tensor) -> None:
     """Raise ValueError unless `w` is a floating [kept_out, kept_in / groups, height, width]."""
     if w.ndim != 4 or not w.dtype.is_floating_point:
         raise ValueError(
-            f"w must be floating [kept_out, kept_in / groups, height, width], got {w.dtype} {list(w.shape)}"
+            f"w must be floating [kept_out, kept_in / groups, height, width], "
+            f"got {w.dtype} {list(w.shape)}"
         )
 
 
@@ -221,14 +197,16 @@ def take(x: Tensor, layout: ChannelLayout, dim: int) -> Tensor:
 
 
 def put(
-    y: Tensor, layout: ChannelLayout, dim: int, memory_format=torch.contiguous_format
+    y: Tensor, layout: ChannelLayout, dim: int, form: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
     """`y` [.., kept, ..] widened along `dim`, zeros in the dropped channels."""
-    if layout.kept == layout.width:
-        return y.contiguous(memory_format=memory_format)
     shape = list(y.shape)
     shape[dim] = layout.width
-    wide = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=memory_format).zero_()
+    wide = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=form)
+    if layout.kept == layout.width:
+        # is_contiguous() ignores the strides of axes of size 1, which a caller can see.
+        return y if y.stride() == wide.stride() else wide.copy_(y)
+    wide.zero_()
     if layout.run == RANGE:
         wide.narrow(dim, layout.start, layout.kept).copy_(y)
         return wide
@@ -279,14 +257,15 @@ def conv2d_channels_ref(
     else:
         source, symmetric = _symmetric(take(x, ins, 1), geometry.padding)
         y = F.conv2d(source, w, bias, geometry.stride, symmetric, geometry.dilation, groups)
-    return put(activate(y, act), outs, 1, output_format(x))
+    return put(activate(y, act), outs, 1, memory_format(x))
 
 
 def _grad_conv(dy, x, w, geometry: ConvGeometry, padding, which: int) -> Tensor:
     mask = [which == 0, which == 1, False]
+    stride, _, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
-        dy, x, w, None, geometry.stride, padding, geometry.dilation, False, (0, 0), geometry.groups, mask
-    )[which]  # fmt: skip
+        dy, x, w, None, stride, padding, dilation, False, (0, 0), groups, mask
+    )[which]
 
 
 def conv2d_channels_dgrad_ref(
@@ -296,16 +275,16 @@ def conv2d_channels_dgrad_ref(
     """Twin of conv2d_channels_dgrad: the gradient of an input [B, in, *size]."""
     geometry = conv_geometry(w.shape[2:], stride, padding, dilation, groups)
     ins, outs = check_conv_dgrad(dy, w, in_index, out_index, size, geometry)
-    top, bottom, left, right = geometry.padding
-    memory_format = output_format(dy)
+    top, _, left, _ = geometry.padding
+    form = memory_format(dy)
     blank = dy.new_zeros(1).expand(dy.shape[0], ins.kept, *size)
     if blank.numel() == 0 or w.numel() == 0 or dy.shape[0] * outs.kept == 0:
-        return put(torch.zeros_like(blank), ins, 1, memory_format)
+        return put(torch.zeros_like(blank), ins, 1, form)
     padded, symmetric = _symmetric(blank, geometry.padding)
     dx = _grad_conv(take(dy, outs, 1), padded, w, geometry, symmetric, 0)
     if padded is not blank:
         dx = dx[:, :, top : top + size[0], left : left + size[1]]
-    return put(dx, ins, 1, memory_format)
+    return put(dx, ins, 1, form)
 
 
 def conv2d_channels_wgrad_ref(

@@ -1,0 +1,309 @@
+"""The channel operators that torch sees: slimgemm::gemm_channels, slimgemm::conv2d_channels.
+
+A ChannelLayout crosses the operator boundary as its index (absent where the channels are a range)
+and four integers: width, kept, start, run. So a call never looks at an index, and never waits for
+a GPU: who makes the layout (kernels/channel_layout.py) has checked it. The gradients of a product
+are made of the same products with the roles exchanged, so backward of any order works.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimgemm.kernels import reference_channels
+from slimgemm.kernels.channel_layout import ChannelLayout
+from slimgemm.kernels.conv_layout import memory_format
+from slimgemm.kernels.reference_channels import (
+    check_bias_act,
+    check_conv,
+    check_conv_dgrad,
+    check_conv_wgrad,
+    check_gemm,
+    check_gemm_wgrad,
+    conv_geometry,
+    output_size,
+    take,
+)
+from slimgemm.sparse_ops.library import act_backward, autograd, define
+
+CHANNELS = "Tensor? in_index, int[] in_layout, Tensor? out_index, int[] out_layout"
+GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+# op -> the file in kernels/ that holds its launcher
+FILES = {
+    "gemm_channels": "gemm_channels",
+    "gemm_channels_wgrad": "gemm_channels_wgrad",
+    "conv2d_channels": "conv_channels",
+    "conv2d_channels_dgrad": "conv_channels",
+    "conv2d_channels_wgrad": "conv_channels_wgrad",
+}
+
+
+def _run(op: str, first: Tensor, *arguments: Any) -> Tensor:
+    """Run `op` where `first` is: Triton on a GPU, the twin (without autocast) elsewhere."""
+    if first.device.type == "cuda":
+        run = getattr(importlib.import_module(f"slimgemm.kernels.{FILES[op]}"), op)
+        return run(first, *arguments)
+    with torch.autocast(first.device.type, enabled=False):
+        return getattr(reference_channels, f"{op}_ref")(first, *arguments)
+
+
+def parts(layout: ChannelLayout) -> tuple[Tensor | None, list[int]]:
+    """A layout as two arguments of an operator."""
+    return layout.index, list(layout[1:])
+
+
+def _layouts(channels: Sequence[Any]) -> tuple[ChannelLayout, ChannelLayout]:
+    """(in, out) from the four arguments of an operator."""
+    in_index, in_layout, out_index, out_layout = channels
+    return ChannelLayout(in_index, *in_layout), ChannelLayout(out_index, *out_layout)
+
+
+def _exchanged(channels: Sequence[Any]) -> list[Any]:
+    """The four arguments with the roles of in and out exchanged."""
+    return [*channels[2:], *channels[:2]]
+
+
+def _images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """New images [B, channels, *size] in the memory format of `like`."""
+    return torch.empty(
+        (like.shape[0], channels, *size),
+        dtype=like.dtype, device=like.device, memory_format=memory_format(like),
+    )  # fmt: skip
+
+
+# ---- gemm_channels: y[..., out] = act(x[..., in] @ w.T + bias)
+def _gemm(
+    x: Tensor, w: Tensor, bias: Tensor | None,
+    in_index: Tensor | None, in_layout: Sequence[int],
+    out_index: Tensor | None, out_layout: Sequence[int], act: str,
+) -> Tensor:  # fmt: skip
+    layouts = _layouts((in_index, in_layout, out_index, out_layout))
+    return _run("gemm_channels", x, w, *layouts, bias, act)
+
+
+def _gemm_fake(x, w, bias, in_index, in_layout, out_index, out_layout, act):
+    _, outs = check_gemm(x, w, *_layouts((in_index, in_layout, out_index, out_layout)))
+    check_bias_act(x, w.shape[0], bias, act)
+    return x.new_empty(*x.shape[:-1], outs.width)
+
+
+def _gemm_save(ctx, inputs, output):
+    x, w, bias, in_index, ctx.in_layout, out_index, ctx.out_layout, ctx.act = inputs
+    ctx.save_for_backward(x, w, bias, in_index, out_index)
+
+
+def _gemm_backward(ctx, dy):
+    """dz = act'(z) dy; dx[in] = dz[out] W, dW = dz[out].T x[in], db = sum of dz[out].
+
+    With an activation, z is computed again instead of being kept from the forward.
+    """
+    x, w, bias, in_index, out_index = ctx.saved_tensors
+    channels = [in_index, ctx.in_layout, out_index, ctx.out_layout]
+    need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+    dz = dy
+    if ctx.act != "none":
+        dz = act_backward(dy, gemm_channels(x, w, bias, *channels, "none"), ctx.act)
+    dx = dw = db = None
+    if need_x:  # [M, N] @ [N, K]
+        dx = gemm_channels(dz, w.t(), None, *_exchanged(channels), "none")
+    if need_w:  # [N, M] @ [M, K]
+        dw = gemm_channels_wgrad(dz, x, *channels)
+    if need_bias:
+        db = take(dz.reshape(-1, dz.shape[-1]).sum(0), _layouts(channels)[1], 0)
+    return dx, dw, db, None, None, None, None, None  # indices have no gradient
+
+
+gemm_channels = define(
+    f"gemm_channels(Tensor x, Tensor w, Tensor? bias, {CHANNELS}, str act) -> Tensor",
+    _gemm,
+    _gemm_fake,
+)
+autograd("gemm_channels", _gemm_backward, _gemm_save)
+
+
+# ---- gemm_channels_wgrad: dy[..., out].T @ x[..., in]
+def _gemm_wgrad(
+    dy: Tensor, x: Tensor, in_index: Tensor | None, in_layout: Sequence[int],
+    out_index: Tensor | None, out_layout: Sequence[int],
+) -> Tensor:  # fmt: skip
+    layouts = _layouts((in_index, in_layout, out_index, out_layout))
+    return _run("gemm_channels_wgrad", dy, x, *layouts)
+
+
+def _gemm_wgrad_fake(dy, x, *channels):
+    ins, outs = check_gemm_wgrad(dy, x, *_layouts(channels))
+    return dy.new_empty(outs.kept, ins.kept)
+
+
+def _gemm_wgrad_save(ctx, inputs, output):
+    dy, x, in_index, ctx.in_layout, out_index, ctx.out_layout = inputs
+    ctx.save_for_backward(dy, x, in_index, out_index)
+
+
+def _gemm_wgrad_backward(ctx, g):
+    """Of dW = dy[out].T x[in]: d(dy)[out] = x[in] g.T, dx[in] = dy[out] g."""
+    dy, x, in_index, out_index = ctx.saved_tensors
+    channels = [in_index, ctx.in_layout, out_index, ctx.out_layout]
+    need_dy, need_x = ctx.needs_input_grad[:2]
+    ddy = gemm_channels(x, g, None, *channels, "none") if need_dy else None
+    dx = gemm_channels(dy, g.t(), None, *_exchanged(channels), "none") if need_x else None
+    return ddy, dx, None, None, None, None
+
+
+gemm_channels_wgrad = define(
+    f"gemm_channels_wgrad(Tensor dy, Tensor x, {CHANNELS}) -> Tensor",
+    _gemm_wgrad,
+    _gemm_wgrad_fake,
+)
+autograd("gemm_channels_wgrad", _gemm_wgrad_backward, _gemm_wgrad_save)
+
+
+# ---- conv2d_channels: y[:, out] = act(conv2d(x[:, in], w, bias))
+def _conv(
+    x: Tensor, w: Tensor, bias: Tensor | None,
+    in_index: Tensor | None, in_layout: Sequence[int],
+    out_index: Tensor | None, out_layout: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    groups: int, act: str,
+) -> Tensor:  # fmt: skip
+    layouts = _layouts((in_index, in_layout, out_index, out_layout))
+    return _run("conv2d_channels", x, w, *layouts, bias, stride, padding, dilation, groups, act)
+
+
+def _conv_fake(
+    x, w, bias, in_index, in_layout, out_index, out_layout, stride, padding, dilation, groups, act
+):
+    geometry = conv_geometry(w.shape[2:], stride, padding, dilation, groups)
+    layouts = _layouts((in_index, in_layout, out_index, out_layout))
+    _, outs = check_conv(x, w, *layouts, geometry)
+    check_bias_act(x, w.shape[0], bias, act)
+    return _images(x, outs.width, output_size(x.shape[2], x.shape[3], w.shape[2:], geometry))
+
+
+def _conv_save(ctx, inputs, output):
+    x, w, bias, in_index, ctx.in_layout, out_index, ctx.out_layout, *ctx.geometry, ctx.act = inputs
+    ctx.save_for_backward(x, w, bias, in_index, out_index)
+
+
+def _conv_backward(ctx, dy):
+    """dz = act'(z) dy; dx and dW as dgrad and wgrad of dz; db sums dz over the pixels.
+
+    With an activation, z is computed again instead of being kept from the forward.
+    """
+    x, w, bias, in_index, out_index = ctx.saved_tensors
+    channels = [in_index, ctx.in_layout, out_index, ctx.out_layout]
+    need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+    dz = dy
+    if ctx.act != "none":
+        z = conv2d_channels(x, w, bias, *channels, *ctx.geometry, "none")
+        dz = act_backward(dy, z, ctx.act)
+    dx = dw = db = None
+    if need_x:
+        dx = conv2d_channels_dgrad(dz, w, x.shape[2:], *channels, *ctx.geometry)
+    if need_w:
+        dw = conv2d_channels_wgrad(dz, x, w.shape[2:], *channels, *ctx.geometry)
+    if need_bias:
+        db = take(dz.sum((0, 2, 3)), _layouts(channels)[1], 0)
+    return dx, dw, db, *(None,) * 9  # indices and options have no gradient
+
+
+conv2d_channels = define(
+    f"conv2d_channels(Tensor x, Tensor w, Tensor? bias, {CHANNELS}, {GEOMETRY}, str act) -> Tensor",
+    _conv,
+    _conv_fake,
+)
+autograd("conv2d_channels", _conv_backward, _conv_save)
+
+
+# ---- conv2d_channels_dgrad: the gradient with respect to x
+def _dgrad(
+    dy: Tensor, w: Tensor, size: Sequence[int],
+    in_index: Tensor | None, in_layout: Sequence[int],
+    out_index: Tensor | None, out_layout: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    layouts = _layouts((in_index, in_layout, out_index, out_layout))
+    options = stride, padding, dilation, groups
+    return _run("conv2d_channels_dgrad", dy, w, size, *layouts, *options)
+
+
+def _dgrad_fake(dy, w, size, *rest):
+    geometry = conv_geometry(w.shape[2:], *rest[4:])
+    ins, _ = check_conv_dgrad(dy, w, *_layouts(rest[:4]), size, geometry)
+    return _images(dy, ins.width, size)
+
+
+def _dgrad_save(ctx, inputs, output):
+    dy, w, _, in_index, ctx.in_layout, out_index, ctx.out_layout, *ctx.geometry = inputs
+    ctx.save_for_backward(dy, w, in_index, out_index)
+
+
+def _dgrad_backward(ctx, g):
+    """dx is linear in dy and in w: d(dy) = conv2d(g, w), dW as wgrad of dy and g."""
+    dy, w, in_index, out_index = ctx.saved_tensors
+    channels = [in_index, ctx.in_layout, out_index, ctx.out_layout]
+    need_dy, need_w = ctx.needs_input_grad[:2]
+    ddy = dw = None
+    if need_dy:
+        ddy = conv2d_channels(g, w, None, *channels, *ctx.geometry, "none")
+    if need_w:
+        dw = conv2d_channels_wgrad(dy, g, w.shape[2:], *channels, *ctx.geometry)
+    return ddy, dw, *(None,) * 9
+
+
+conv2d_channels_dgrad = define(
+    f"conv2d_channels_dgrad(Tensor dy, Tensor w, SymInt[] size, {CHANNELS}, {GEOMETRY}) -> Tensor",
+    _dgrad,
+    _dgrad_fake,
+)
+autograd("conv2d_channels_dgrad", _dgrad_backward, _dgrad_save)
+
+
+# ---- conv2d_channels_wgrad: the gradient with respect to w
+def _wgrad(
+    dy: Tensor, x: Tensor, kernel: Sequence[int],
+    in_index: Tensor | None, in_layout: Sequence[int],
+    out_index: Tensor | None, out_layout: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    layouts = _layouts((in_index, in_layout, out_index, out_layout))
+    options = stride, padding, dilation, groups
+    return _run("conv2d_channels_wgrad", dy, x, kernel, *layouts, *options)
+
+
+def _wgrad_fake(dy, x, kernel, *rest):
+    geometry = conv_geometry(kernel, *rest[4:])
+    ins, outs = check_conv_wgrad(dy, x, kernel, *_layouts(rest[:4]), geometry)
+    return dy.new_empty(outs.kept, ins.kept // geometry.groups, *kernel)
+
+
+def _wgrad_save(ctx, inputs, output):
+    dy, x, _, in_index, ctx.in_layout, out_index, ctx.out_layout, *ctx.geometry = inputs
+    ctx.save_for_backward(dy, x, in_index, out_index)
+
+
+def _wgrad_backward(ctx, g):
+    """dW is linear in dy and in x: d(dy) = conv2d(x, g), dx as dgrad of dy and g."""
+    dy, x, in_index, out_index = ctx.saved_tensors
+    channels = [in_index, ctx.in_layout, out_index, ctx.out_layout]
+    need_dy, need_x = ctx.needs_input_grad[:2]
+    ddy = dx = None
+    if need_dy:
+        ddy = conv2d_channels(x, g, None, *channels, *ctx.geometry, "none")
+    if need_x:
+        dx = conv2d_channels_dgrad(dy, g, x.shape[2:], *channels, *ctx.geometry)
+    return ddy, dx, *(None,) * 9
+
+
+conv2d_channels_wgrad = define(
+    "conv2d_channels_wgrad(Tensor dy, Tensor x, SymInt[] kernel, "
+    f"{CHANNELS}, {GEOMETRY}) -> Tensor",
+    _wgrad,
+    _wgrad_fake,
+)
+autograd("conv2d_channels_wgrad", _wgrad_backward, _wgrad_save)
