@@ -1,0 +1,104 @@
+"""The command line: `slimgemm <command>`. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+COLUMNS = 100  # of tables, where stdout is no terminal
+
+app = typer.Typer(
+    name="slimgemm",
+    help="Prune PyTorch models, pack them into 2:4 and channel formats, run them, prove them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+
+@app.callback()
+def commands() -> None:
+    """Prune PyTorch models, pack them into 2:4 and channel formats, run them, prove them."""
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of IDX files (MNIST, Fashion-MNIST), instead of scikit-learn's digits."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=20, help="Trainings, with seeds 0, 1, ...")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for demo.json, demo.png and models/.")] = Path(
+        "out"
+    ),
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Epochs of dense training; 2:4 fine-tuning takes half. Default: by size."
+        ),
+    ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=1, help="CPU threads. One is best for 8 x 8 images, also on a busy machine."
+        ),
+    ] = 1,
+) -> None:
+    """The main job on real digits: train, prune, fine-tune, pack, verify, save, load, time.
+
+    Exit code 1 if accuracy, verification or reloading fails (it says which), 2 for bad input.
+    """
+    # cuBLAS reads it when it starts; without it, its results may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=COLUMNS)
+    with console.status("loading torch") if console.is_terminal else contextlib.nullcontext():
+        from slimgemm.benchmarks import demo as job
+        from slimgemm.benchmarks import demo_picture, demo_reload, demo_report, digits
+    settings = job.Settings(out, data, seeds, epochs, threads)
+    try:
+        demo_picture.require()
+        result = job.run(settings, console)
+    except (digits.DataError, job.OutError, demo_picture.PictureError) as error:
+        _fail(str(error), 2)
+    except demo_reload.ReloadError as error:
+        _fail(str(error), 1)
+    demo_report.write_json(result, out / "demo.json")
+    demo_picture.draw(result, out / "demo.png")
+    demo_report.show(result, console)
+    console.print(f"\nWrote {out}/demo.json, {out}/demo.png and {out}/models/.", highlight=False)
+    console.print(f"{result.seconds:.0f} s in all.", highlight=False)
+    if not result.ok:
+        failed = [check.name for check in result.checks if not check.ok]
+        _fail(f"the demo failed: {'; '.join(failed)}", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong on stderr and leave with this exit code."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def main() -> None:
+    """Entry point of the `slimgemm` script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # tables hold ± and µ; an ASCII pipe must not crash
+    app()
+
+
+if __name__ == "__main__":
+    main()
