@@ -65,7 +65,7 @@ def demo(
         console = Console(width=COLUMNS)
     with console.status("loading torch") if console.is_terminal else contextlib.nullcontext():
         from slimgemm.benchmarks import demo as job
-        from slimgemm.benchmarks import demo_picture, demo_reload, demo_report, digits
+        from slimgemm.benchmarks import demo_json, demo_picture, demo_reload, demo_report, digits
     settings = job.Settings(out, data, seeds, epochs, threads)
     try:
         demo_picture.require()
@@ -74,7 +74,7 @@ def demo(
         _fail(str(error), 2)
     except demo_reload.ReloadError as error:
         _fail(str(error), 1)
-    demo_report.write_json(result, out / "demo.json")
+    demo_json.write_json(result, out / "demo.json")
     demo_picture.draw(result, out / "demo.png")
     demo_report.show(result, console)
     console.print(f"\nWrote {out}/demo.json, {out}/demo.png and {out}/models/.", highlight=False)

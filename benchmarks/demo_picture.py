@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from slimgemm import kernels
 from slimgemm.benchmarks.demo import Result
@@ -44,16 +45,18 @@ def draw(result: Result, path: Path) -> None:
 
     figure = Figure(figsize=(12, 7.2), dpi=110)
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.75, 1))
+    top, bottom = parts
     accuracy, loss = top.subplots(
-        1, 2, gridspec_kw={"left": 0.06, "right": 0.98, "top": 0.85, "bottom": 0.13, "wspace": 0.15}
+        1, 2, gridspec_kw={"left": 0.06, "right": 0.98, "top": 0.85, "bottom": 0.13, "wspace": 0.18}
     )
     curve(accuracy, result, "accuracy", "test accuracy, %", ".1f")
     curve(loss, result, "loss", "test cross entropy, nats", ".3f")
     loss.set_yscale("log")
-    loss.yaxis.set_major_formatter("{x:g}")
-    accuracy.legend(loc="lower right", title="at the end", alignment="left")
-    loss.legend(loc="upper right", title="at the end", alignment="left")
+    for formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    accuracy.legend(loc="lower right", title="last epoch", alignment="left")
+    loss.legend(loc="upper right", title="last epoch", alignment="left")
     seeds = len(result.runs)
     spread = f"mean of {seeds} seeds, band from lowest to highest" if seeds > 1 else "1 seed"
     name = result.job.data.name
@@ -118,7 +121,7 @@ def tiles(figure: Any, result: Result) -> None:
         1,
         3,
         width_ratios=(COLUMNS, COLUMNS, half + meta),
-        gridspec_kw={"left": 0.02, "right": 0.91, "top": 0.74, "bottom": 0.02, "wspace": 0.06},
+        gridspec_kw={"left": 0.02, "right": 0.9, "top": 0.74, "bottom": 0.02, "wspace": 0.06},
     )
     figure.suptitle(
         f"A tile of {LAYER}: rows 0-{ROWS - 1}, columns 0-{COLUMNS - 1}, seed 0", y=0.98
@@ -138,11 +141,12 @@ def tiles(figure: Any, result: Result) -> None:
             place, int(row), f"{byte:02x}", ha="center", va="center", fontsize=8, family="monospace"
         )
     axes[2].set_title("packed: 8 values, 2 bytes of positions (hex)", fontsize=10)
-    bar = figure.colorbar(image, cax=figure.add_axes((0.925, 0.08, 0.012, 0.6)))
+    bar = figure.colorbar(image, cax=figure.add_axes((0.915, 0.08, 0.012, 0.6)))
     bar.set_label("weight")
 
 
-def _tile(weight: Tensor) -> Tensor:
+def _tile(weight: Tensor | Module) -> Tensor:
+    assert isinstance(weight, Tensor)
     return weight.detach()[:ROWS, :COLUMNS].float().cpu()
 
 
