@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from slimgemm.pruning.inputs import run
+from slimgemm.pruning.inputs import run, to_device
 from slimgemm.pruning.masks import keep_masks, masked_modules
 
 
@@ -51,33 +51,20 @@ def finetune(
         raise ValueError(f"epochs must be 0 or more, got {epochs}")
     if any(True for _ in masked_modules(model)):
         keep_masks(optimizer, model)
-    device = next(model.parameters()).device
-    flags = [(module, module.training) for module in model.modules()]
-    means: list[float] = []
     from rich.progress import Progress
 
+    flags = [(module, module.training) for module in model.modules()]
+    means: list[float] = []
     try:
         model.train()
         with Progress(disable=not show) as bar:
-            steps = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
-            total = None if steps is None else steps * epochs
-            task = bar.add_task("fine-tune", total=total)
+            steps = len(loader) if isinstance(loader, Sized) else None
+            task = bar.add_task("fine-tune", total=None if steps is None else steps * epochs)
             for epoch in range(epochs):
                 losses = []
-                for step, (inputs, target) in enumerate(loader):
-                    optimizer.zero_grad()
-                    value = loss(run(model, _to(inputs, device)), _to(target, device))
-                    full = value if penalty is None else value + penalty(model)
-                    if not bool(torch.isfinite(full)):
-                        raise ValueError(
-                            f"loss is {float(full.detach())} in epoch {epoch}, step {step}; lower the "
-                            "learning rate or clip the gradients"
-                        )
-                    full.backward()
-                    if clip is not None:
-                        nn.utils.clip_grad_norm_(model.parameters(), clip)
-                    optimizer.step()
-                    losses.append(float(value.detach()))
+                for step, batch in enumerate(loader):
+                    place = f"epoch {epoch}, step {step}"
+                    losses.append(_step(model, optimizer, batch, loss, penalty, clip, place))
                     bar.update(task, advance=1, description=f"epoch {epoch}, loss {losses[-1]:.4f}")
                 if not losses:
                     raise ValueError("the loader is empty, nothing was trained")
@@ -92,11 +79,28 @@ def finetune(
     return means
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    return value
+def _step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor],
+    penalty: Callable[[nn.Module], Tensor] | None,
+    clip: float | None,
+    place: str,
+) -> float:
+    """One optimizer step; the loss before the penalty."""
+    device = next(model.parameters()).device
+    inputs, target = (to_device(part, device) for part in batch)
+    optimizer.zero_grad()
+    value = loss(run(model, inputs), target)
+    full = value if penalty is None else value + penalty(model)
+    if not bool(torch.isfinite(full)):
+        raise ValueError(
+            f"loss is {float(full.detach())} in {place}; lower the learning rate or clip the "
+            "gradients"
+        )
+    full.backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return float(value.detach())

@@ -43,6 +43,17 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
+def to_device(value: Any, device: torch.device) -> Any:
+    """Nested tuples, lists and dicts with all tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(to_device(item, device) for item in value)
+    return value
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; every module's own flag and the random state come back afterwards."""

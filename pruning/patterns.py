@@ -59,6 +59,11 @@ class Pattern:
 
     share: float | None = None
 
+    @property
+    def columns(self) -> int | None:
+        """Columns that a unit spans within a row at one tap; None where units span several taps."""
+        return None
+
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot take the pattern, or None."""
         if len(shape) in (2, 4):
@@ -113,6 +118,11 @@ class NofM(Pattern):
         """Dropped share, 1 - keep / group."""
         return 1 - self.keep / self.group
 
+    @property
+    def columns(self) -> int:
+        """A group."""
+        return self.group
+
     def __str__(self) -> str:
         return f"{self.keep}:{self.group}"
 
@@ -137,10 +147,28 @@ class NofM(Pattern):
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Each weight alone: the lowest scores of the layer go, wherever they are."""
+    """Each weight alone: the lowest scores of the layer go, wherever they are.
+
+    Args:
+        per_row: every output row drops the same number (Wanda compares within rows).
+    """
+
+    per_row: bool = False
+
+    @property
+    def columns(self) -> int:
+        """One."""
+        return 1
 
     def __str__(self) -> str:
-        return "unstructured"
+        return "unstructured per row" if self.per_row else "unstructured"
+
+    def mask(self, scores: Tensor, drop: int) -> Tensor:
+        """bool, shape of `scores`: `drop` weights fewer; per row, drop / rows of each, rounded."""
+        if not self.per_row:
+            return super().mask(scores, drop)
+        rows = scores.flatten(1)
+        return keep_highest(rows, rows.shape[1] - round(drop / rows.shape[0])).view(scores.shape)
 
     def units(self, scores: Tensor) -> Tensor:
         """One unit per weight: [weights], in the order of the weight's memory."""
@@ -172,6 +200,11 @@ class Block(Pattern):
     def __post_init__(self) -> None:
         if self.r < 1 or self.c < 1:
             raise ValueError(f"a block has at least one row and column, got {self.r} x {self.c}")
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        return self.c
 
     def __str__(self) -> str:
         return f"block {self.r}x{self.c}"

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.pruning import channels, report
-from slimgemm.pruning.allocate import Amount, Uniform, Units
+from slimgemm.pruning.allocate import Amount, Uniform
 from slimgemm.pruning.cost import ENERGY, Cost, EnergyTable, LayerCost, count_macs
 from slimgemm.pruning.coupling import Coupling
+from slimgemm.pruning.decide import Part, Repair, Request, decide, statistics_of_all
+from slimgemm.pruning.gradients import GradientScore, mean_gradients
 from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.layers import Layer, check_finite, digest, find_layers
-from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask, set_mask, unpack_mask
-from slimgemm.pruning.patterns import LOWEST, Channels, Pattern
+from slimgemm.pruning.masks import PackedMask, set_mask, unpack_mask
+from slimgemm.pruning.patterns import Channels, Pattern
 from slimgemm.pruning.scores import Context, Function, Magnitude, Score
+from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.trace import trace
 
 SHARE_DIGITS = 1e-6  # an amount equals the share that a pattern fixes up to this
@@ -174,6 +177,7 @@ def plan(
     score: Score | Callable[[Tensor, Context], Tensor] | None = None,
     amount: Amount | None = None,
     calibration: Iterable[Any] | None = None,
+    repair: Repair | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
     energy: str = "horowitz45",
@@ -188,6 +192,7 @@ def plan(
             scores of the weight's shape, higher is kept.
         amount: how much is dropped where, as Uniform(0.5); None where the pattern fixes it.
         calibration: batches, each as example_inputs; scores that need data refuse to go without.
+        repair: new values for kept weights after the mask, as ADMM() or LeastSquares().
         ignore: names of layers or of their parents, or "re:" and a regex for the full name.
         seed: of scores that draw random numbers.
         energy: name of the energy table in pruning.cost.ENERGY.
@@ -205,53 +210,74 @@ def plan(
     if energy not in ENERGY:
         raise ValueError(f"energy must be one of {', '.join(ENERGY)}, got {energy!r}")
     check_amount(pattern, amount)
-    if scorer.needs in ("inputs", "gradients") and calibration is None:
+    if calibration is None and (scorer.needs in ("inputs", "gradients") or repair is not None):
         raise ValueError(
-            f"{scorer} needs calibration data; pass calibration=, an iterable of model inputs"
+            f"{scorer if repair is None else repair} needs calibration data; pass calibration=, an "
+            "iterable of model inputs (for scores of gradients, of pairs of inputs and target)"
         )
-    layers = find_layers(model, ignore)
-    layers = [_with_pattern(layer, pattern) for layer in layers]
+    layers = [_with_pattern(layer, pattern) for layer in find_layers(model, ignore)]
     chosen = [layer for layer in layers if layer.refusal is None]
     if not chosen:
         reasons = "; ".join(f"{layer.name}: {layer.refusal}" for layer in layers) or "no layers"
         raise ValueError(f"nothing can be pruned: {reasons}")
     for layer in chosen:
         check_finite(layer.name, layer.weight)
-    cost = count_macs(model, example_inputs)
-    names = [layer.name for layer in chosen]
     coupling = None
     if isinstance(pattern, Channels) or scorer.needs == "norm":
         coupling = trace(model, example_inputs, channels.pinned_by(model, layers, ignore))
-    norms = channels.norm_scales(model, coupling, names) if coupling else {}
-    contexts = {n: Context(n, layer_seed(seed, n), None, norms.get(n)) for n in names}
+    batches = None if calibration is None else list(calibration)
+    contexts = _contexts(model, chosen, scorer, coupling, batches, seed)
+    cost = count_macs(model, example_inputs)
+    request = Request(model, chosen, pattern, scorer, amount, contexts, batches, repair, cost)
     surgery = None
     if isinstance(pattern, Channels):
         assert coupling is not None
-        scores = {layer.name: scorer(layer.weight, contexts[layer.name]) for layer in chosen}
-        gone = channels.dropped_roots(coupling, scores, scorer.axis, amount, pattern)
-        surgery = channels.cut(model, coupling, gone, example_inputs)
-        parts = {n: _channel_part(n, surgery, coupling) for n in names}
+        parts, surgery = _channels(request, coupling, pattern, example_inputs)
     else:
-        masks = _masks(chosen, pattern, scorer, amount, contexts)
-        parts = {n: Part(mask=pack_mask(mask.cpu())) for n, mask in masks.items()}
+        parts = decide(request)
     entries = tuple(
         _left_alone(layer)
         if layer.refusal is not None
         else _entry(layer, parts[layer.name], pattern, cost, ENERGY[energy])
         for layer in layers
     )
-    return Plan(entries, pattern, str(scorer), seed, energy, _notes(entries), surgery)
+    notes = [note for part in parts.values() for note in part.notes]
+    return Plan(entries, pattern, str(scorer), seed, energy, (*notes, *_notes(entries)), surgery)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What is kept of one layer: a mask, or channels, or all of it for a reason."""
+def _contexts(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    score: Score,
+    coupling: Coupling | None,
+    batches: Sequence[Any] | None,
+    seed: int,
+) -> dict[str, Context]:
+    """Layer name -> what a score may read, but for inputs, which are gathered group by group."""
+    names = [layer.name for layer in layers]
+    norms = channels.norm_scales(model, coupling, names) if coupling else {}
+    gradients: Mapping[str, Tensor] = {}
+    if isinstance(score, GradientScore):
+        assert batches is not None
+        gradients = mean_gradients(model, layers, score, batches)
+    return {n: Context(n, layer_seed(seed, n), gradients.get(n), norms.get(n)) for n in names}
 
-    mask: PackedMask | None = None
-    kept_out: Tensor | None = None
-    kept_in: Tensor | None = None
-    weight: Tensor | None = None
-    refusal: str | None = None
+
+def _channels(
+    request: Request, coupling: Coupling, pattern: Channels, example_inputs: Inputs
+) -> tuple[dict[str, Part], channels.Surgery]:
+    if isinstance(request.score, Solver) or request.repair is not None:
+        raise ValueError(
+            "Channels cannot be combined with a solver or repair, which keep a layer's shape; use "
+            "another score, and fine-tune afterwards"
+        )
+    contexts = request.contexts
+    if request.score.needs == "inputs":
+        contexts = statistics_of_all(request)
+    scores = {la.name: request.score(la.weight, contexts[la.name]) for la in request.layers}
+    gone = channels.dropped_roots(coupling, scores, request.score.axis, request.amount, pattern)
+    surgery = channels.cut(request.model, coupling, gone, example_inputs)
+    return {name: _channel_part(name, surgery, coupling) for name in scores}, surgery
 
 
 def check_amount(pattern: Pattern, amount: Amount) -> None:
@@ -275,34 +301,6 @@ def _with_pattern(layer: Layer, pattern: Pattern) -> Layer:
         return layer
     refusal = pattern.refusal(tuple(layer.weight.shape))
     return Layer(layer.name, layer.kind, layer.module, refusal)
-
-
-def _masks(
-    layers: Sequence[Layer],
-    pattern: Pattern,
-    score: Score,
-    amount: Amount,
-    contexts: Mapping[str, Context],
-) -> dict[str, Tensor]:
-    """Layer name -> mask. Weights that an earlier plan dropped are dropped first."""
-    scores = []
-    for layer in layers:
-        found = score(layer.weight, contexts[layer.name])
-        earlier = mask_of(layer.module)
-        scores.append(found if earlier is None else found.masked_fill(~earlier, LOWEST))
-    if pattern.share is not None:
-        drops = [0] * len(layers)
-    else:
-        drops = amount.drops(
-            [
-                Units(layer.name, pattern.units(found), tuple(found.shape), found.numel())
-                for layer, found in zip(layers, scores, strict=True)
-            ]
-        )
-    return {
-        layer.name: pattern.mask(found, drop)
-        for layer, found, drop in zip(layers, scores, drops, strict=True)
-    }
 
 
 def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling) -> Part:

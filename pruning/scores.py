@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Needs = Literal["weight", "norm", "inputs", "gradients"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ class Score:
     the layer that makes them ("out") or the columns of the layers that read them ("in").
     """
 
-    needs: ClassVar[Literal["weight", "norm", "inputs", "gradients"]] = "weight"
+    needs: ClassVar[Needs] = "weight"
     axis: ClassVar[Literal["out", "in"]] = "out"
 
     def __call__(self, weight: Tensor, context: Context) -> Tensor:
         """Scores, float32 or float64, shape of `weight`."""
+        raise NotImplementedError
+
+    def statistic(self, module: nn.Module) -> Any:
+        """What to sum over the inputs of a layer, for scores that need "inputs"."""
         raise NotImplementedError
 
 
@@ -109,7 +115,7 @@ class BatchNormScale(Score):
     Source: Liu et al. 2017, arXiv 1708.06519, section 3.
     """
 
-    needs: ClassVar[Literal["weight", "norm", "inputs", "gradients"]] = "norm"
+    needs: ClassVar[Needs] = "norm"
 
     def __call__(self, weight: Tensor, context: Context) -> Tensor:
         """|gamma| of each row, spread over the row."""

@@ -180,3 +180,112 @@ def test_getitem_names_what_it_does_not_find(mlp, normal):
     plan = pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4))
     with pytest.raises(KeyError, match="nine"):
         plan["nine"]
+
+
+def outputs_after(model, x, **options):
+    model = copy.deepcopy(model)
+    plan = pruning.plan(model, x, pattern=pruning.NofM(2, 4), **options)
+    plan.apply(model)
+    with torch.no_grad():
+        return plan, model, model(x)
+
+
+def test_methods_in_order_on_a_whole_model(mlp, normal):
+    x = normal(300, 16) @ normal(16, 16, seed=1)
+    with torch.no_grad():
+        dense = mlp(x)
+    results = {
+        "magnitude": {},
+        "wanda": {"score": pruning.Wanda(), "calibration": [x]},
+        "sparsegpt": {"score": pruning.SparseGPT(), "calibration": [x[:150], x[150:]]},
+        "admm": {"score": pruning.Wanda(), "repair": pruning.ADMM(), "calibration": [x]},
+        "magnitude, least squares": {"repair": pruning.LeastSquares(), "calibration": [x]},
+    }
+    error = {}
+    for name, options in results.items():
+        plan, model, out = outputs_after(mlp, x, **options)
+        error[name] = float((out - dense).square().mean())
+        for entry in plan.pruned:
+            weight = model.get_submodule(entry.name).weight
+            kept = pruning.masks.unpack_mask(entry.mask)
+            assert (kept.view(-1, 4).sum(1) == 2).all() and not weight[~kept].any()
+            if entry.weight is not None:
+                assert torch.equal(weight, entry.weight * kept)
+    assert error["sparsegpt"] < 0.7 * error["wanda"]
+    assert error["admm"] < 0.7 * error["wanda"]
+    assert error["magnitude, least squares"] < 0.7 * error["magnitude"]
+
+
+def test_solved_plans_are_the_same_twice_and_leave_the_model(mlp, normal):
+    before = copy.deepcopy(mlp.state_dict())
+    options = {"score": pruning.SparseGPT(), "calibration": [normal(64, 16)]}
+    first, _, a = outputs_after(mlp, normal(8, 16), **options)
+    second, _, b = outputs_after(mlp, normal(8, 16), **options)
+    assert torch.equal(a, b) and same(mlp.state_dict(), before)
+    assert torch.equal(first["2"].mask.bits, second["2"].mask.bits)
+
+
+def test_later_layers_see_pruned_inputs(mlp, normal):
+    """The second layer's decision is that of a model whose first layer is already pruned."""
+    x = normal(64, 16)
+    options = {"pattern": pruning.NofM(2, 4), "score": pruning.SparseGPT(), "calibration": [x]}
+    whole = pruning.plan(mlp, x, **options)
+    other = copy.deepcopy(mlp)
+    pruning.plan(other, x, ignore=["2", "4"], **options).apply(other)
+    alone = pruning.plan(other, x, ignore=["0", "4"], **options)
+    torch.testing.assert_close(whole["2"].weight, alone["2"].weight)
+    dense = pruning.plan(mlp, x, ignore=["0", "4"], **options)
+    assert not torch.allclose(whole["2"].weight, dense["2"].weight)
+
+
+def test_global_amount_over_layers(mlp, normal):
+    mlp[0].weight.data *= 10
+    plan = pruning.plan(
+        mlp, normal(2, 16), pattern=pruning.Unstructured(), amount=pruning.Global(0.5)
+    )
+    kept = sum(e.kept * torch.Size(e.shape).numel() for e in plan.pruned)
+    assert kept == pytest.approx((512 + 768 + 192) / 2, abs=1)
+    assert plan["0"].kept > 0.9 > plan["2"].kept
+    wanda = pruning.plan(
+        mlp,
+        normal(2, 16),
+        pattern=pruning.Unstructured(),
+        amount=pruning.Global(0.5),
+        score=pruning.Wanda(),
+        calibration=[normal(32, 16)],
+    )
+    assert wanda["0"].kept > 0.8 > wanda["2"].kept
+
+
+def test_combinations_that_contradict(mlp, normal):
+    x = normal(8, 16)
+    refused(mlp, x, "SparseGPT.* needs calibration data", score=pruning.SparseGPT())
+    refused(mlp, x, "ADMM.* needs calibration data", repair=pruning.ADMM())
+    refused(
+        mlp,
+        x,
+        "Global.* compares the scores of all layers",
+        pattern=pruning.Unstructured(),
+        amount=pruning.Global(0.5),
+        score=pruning.SparseGPT(),
+        calibration=[x],
+    )
+    refused(
+        mlp,
+        x,
+        "Channels cannot be combined with a solver",
+        pattern=pruning.Channels(),
+        amount=pruning.Uniform(0.5),
+        score=pruning.SparseGPT(),
+        calibration=[x],
+    )
+
+
+def test_dead_inputs_are_in_the_report(mlp, normal, capsys):
+    x = normal(64, 16)
+    x[:, 3] = 0
+    plan = pruning.plan(
+        mlp, x, pattern=pruning.NofM(2, 4), score=pruning.SparseGPT(), calibration=[x]
+    )
+    assert "0: 1 of 16 inputs are always zero" in str(plan)
+    assert "0: 1 of 16 inputs are always zero" in capsys.readouterr().err
