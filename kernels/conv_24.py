@@ -43,7 +43,7 @@ from slimgemm.kernels.spmm_24 import check_epilogue, finish
 
 # Pixels -> tile, the first whose `m` holds all, else the last; and for groups of at most 16 out
 # channels, where a wider tile would multiply columns that do not exist.
-CONV_24_TILES = (Tile(16, 64, 64), Tile(64, 64, 64), Tile(128, 64, 32, 8))
+CONV_24_TILES = (Tile(16, 32, 64), Tile(64, 64, 32), Tile(128, 64, 32, 8))
 CONV_24_NARROW_TILES = (Tile(16, 16, 64), Tile(128, 16, 32))
 # Without tensor cores a thread holds whole rows of both operands: wider tiles spill (688 bytes for
 # fp32 in 16 x 64 x 64 on sm_90).
@@ -60,7 +60,7 @@ def multiply_adds(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def conv_tile(pixels: int, columns: int, scalar: bool) -> Tile:
-    """The tile for `pixels` rows and `columns` out channels of a group; `scalar` as multiply_adds."""
+    """The tile for `pixels` rows and `columns` out channels; `scalar` as multiply_adds."""
     narrow = columns <= 16
     if scalar:
         return CONV_24_NARROW_SCALAR_TILE if narrow else CONV_24_SCALAR_TILE
