@@ -228,8 +228,10 @@ def gemm_channels_wgrad_ref(
 ) -> Tensor:
     """Twin of gemm_channels_wgrad: dy[..., out].T @ x[..., in], [kept_out, kept_in]."""
     ins, outs = check_gemm_wgrad(dy, x, in_index, out_index)
-    dy, x = take(dy, outs, -1).flatten(0, -2), take(x, ins, -1).flatten(0, -2)
-    return (dy.t() @ x).contiguous() if dy.ndim == 2 else torch.outer(dy, x)
+    dy, x = (
+        torch.atleast_2d(take(t, kept, -1)).flatten(0, -2) for t, kept in ((dy, outs), (x, ins))
+    )
+    return (dy.t() @ x).contiguous()
 
 
 def _symmetric(x: Tensor, padding: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
