@@ -16,10 +16,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
+from slimgemm.kernels.build_operands import (
+    ALIGNED,
+    CHANNELS,
+    KERNEL,
+    RAGGED,
+    image,
+    kept,
+    launcher,
+    operand,
+    packed_operand,
+    tile_label,
+)
 from slimgemm.kernels.configs import SPMM_24_TILES, SPMM_24_WGRAD_TILE, Tile
-from slimgemm.kernels.formats import PATTERNS, Packed24, packed_shapes
+from slimgemm.kernels.formats import PATTERNS
 
 DTYPES = {
     "fp16": torch.float16,
@@ -37,8 +48,6 @@ UNSUPPORTED = {
 
 # Architectures on which Triton multiplies without tensor cores: correct, and slow.
 NO_TENSOR_CORES = {"sm_75": "Triton 3.6 to 3.9 emit no Turing mma; tl.dot is multiply-adds"}
-
-ALIGNED, RAGGED = (512, 512, 512), (77, 203, 331)  # M, N, K: 16 divides all of them, or none
 
 Launch = Callable[[], Any]
 Cases = Callable[[torch.dtype, str], Iterator[tuple[str, Launch]]]
@@ -58,35 +67,6 @@ class Op(NamedTuple):
     dtypes: tuple[str, ...]
     product: bool
     archs: tuple[str, ...] = ()
-
-
-class Operand(Tensor):
-    """A CPU tensor that a launcher takes for a GPU one. Its pointer is never read."""
-
-    is_cuda = property(lambda self: True)
-
-
-def operand(*shape: int, dtype: torch.dtype) -> Tensor:
-    """An Operand of that shape; what a launcher derives from it is an Operand too."""
-    return torch.zeros(*shape, dtype=dtype).as_subclass(Operand)
-
-
-def packed_operand(n: int, k: int, dtype: torch.dtype, keep: int = 2, group: int = 4) -> Packed24:
-    """A packed [n, k] weight of Operands."""
-    values, meta = packed_shapes(n, k, keep, group)
-    return Packed24(
-        operand(*values, dtype=dtype), operand(*meta, dtype=torch.uint8), k, keep, group
-    )
-
-
-def launcher(file: str, name: str | None = None) -> Callable[..., Any]:
-    """The launcher `name` (the file's own name unless given) of kernels/<file>.py."""
-    return getattr(importlib.import_module(f"slimgemm.kernels.{file}"), name or file)
-
-
-def tile_label(tile: Tile) -> str:
-    """m x n x k, warps and stages."""
-    return f"{tile.m}x{tile.n}x{tile.k} w{tile.warps} s{tile.stages}"
 
 
 def _pack_24(dtype: torch.dtype, arch: str, file: str = "pack_24", name: str = "pack_24"):
@@ -149,6 +129,133 @@ def _spmm_24_wgrad(dtype: torch.dtype, arch: str):
         yield tile_label(tile) + suffix, launch
 
 
+def _without_tensor_cores(arch: str, tile: Callable[[], Tile]) -> Tile | None:
+    """`tile()` where tl.dot is multiply-adds, which a launcher sees on the GPU; else None."""
+    return tile() if arch in NO_TENSOR_CORES else None
+
+
+def _gemm_channels(dtype: torch.dtype, arch: str):
+    """Every tile, each way to address channels, split over K, and the transposed weight of a dX."""
+    file = importlib.import_module("slimgemm.kernels.gemm_channels")
+    _, width_out, width_in = ALIGNED
+
+    def launch(m: int, kind: str, split: int = 1, turned: bool = False) -> Launch:
+        ins, outs = kept(kind, width_in), kept(kind, width_out)
+        n, k = (width_out, width_in) if ins is None else (width_out // 2, width_in // 2)
+        w = operand(k, n, dtype=dtype).t() if turned else operand(n, k, dtype=dtype)
+        x, bias = operand(m, width_in, dtype=dtype), operand(n, dtype=dtype)
+        slow = operand(0, dtype=torch.float32), "ieee"
+        tile = _without_tensor_cores(
+            arch, lambda: file.channels_tile(file.GEMM_CHANNELS_TILES, m, *slow)
+        )
+        return functools.partial(
+            file.gemm_channels, x, w, ins, outs, bias, "gelu", tile=tile, split=split
+        )
+
+    rows = [tile.m for tile in file.GEMM_CHANNELS_TILES]
+    for m in rows:
+        yield f"m {m} runs", launch(m, "runs")
+    for kind in ("all", "ragged"):
+        yield f"m {rows[-1]} {kind}", launch(rows[-1], kind)
+    yield f"m {rows[-1]} dX", launch(rows[-1], "runs", turned=True)
+    yield f"m {rows[0]} split", launch(rows[0], "runs", split=4)
+
+
+def _gemm_channels_wgrad(dtype: torch.dtype, arch: str):
+    file = importlib.import_module("slimgemm.kernels.gemm_channels_wgrad")
+    m, n, k = ALIGNED
+    tile = _without_tensor_cores(arch, lambda: file.GEMM_CHANNELS_WGRAD_TILES[True])
+    for kind, split in (("runs", 1), ("ragged", 1), ("runs", 4)):
+        dy, x = operand(m, n, dtype=dtype), operand(m, k, dtype=dtype)
+        launch = functools.partial(
+            file.gemm_channels_wgrad, dy, x, kept(kind, k), kept(kind, n), tile=tile, split=split
+        )
+        yield kind + (" split" if split > 1 else ""), launch
+
+
+def _conv2d_channels(dtype: torch.dtype, arch: str, backward: bool = False):
+    file = importlib.import_module("slimgemm.kernels.conv_channels")
+    for m, kind, split in (
+        *((tile.m, "runs", 1) for tile in file.CONV_CHANNELS_TILES),
+        (file.CONV_CHANNELS_TILES[-1].m, "ragged", 1),
+        (file.CONV_CHANNELS_TILES[0].m, "runs", 4),
+    ):
+        x, half = image(m, dtype), kept(kind, CHANNELS)
+        w = operand(CHANNELS // 2, CHANNELS // 2, *KERNEL, dtype=dtype)
+        slow = operand(0, dtype=torch.float32), "ieee"
+        tile = _without_tensor_cores(
+            arch, functools.partial(file.channels_tile, file.CONV_CHANNELS_TILES, m, *slow)
+        )
+        options: dict[str, Any] = {"padding": 1, "tile": tile, "split": split}
+        label = f"m {m} {kind}" + (" split" if split > 1 else "")
+        if backward:
+            size = tuple(x.shape[2:])
+            dgrad = file.conv2d_channels_dgrad
+            yield label, functools.partial(dgrad, x, w, size, half, half, **options)
+        else:
+            bias = operand(CHANNELS // 2, dtype=dtype)
+            conv = file.conv2d_channels
+            yield (
+                label,
+                functools.partial(conv, x, w, half, half, bias, act="gelu", **options),
+            )
+
+
+def _conv2d_channels_wgrad(dtype: torch.dtype, arch: str):
+    file = importlib.import_module("slimgemm.kernels.conv_channels_wgrad")
+    tile = _without_tensor_cores(arch, lambda: file.CONV_CHANNELS_WGRAD_TILES[True])
+    for kind, split in (("runs", 1), ("ragged", 1), ("runs", 4)):
+        dy, x, half = image(256, dtype), image(256, dtype), kept(kind, CHANNELS)
+        launch = functools.partial(
+            file.conv2d_channels_wgrad, dy, x, KERNEL, half, half,
+            padding=1, tile=tile, split=split,
+        )  # fmt: skip
+        yield kind + (" split" if split > 1 else ""), launch
+
+
+def _conv_24_tile(arch: str, choose: Callable[[bool], Tile]) -> Tile | None:
+    """What the launcher of conv_24 chooses on `arch`, where its choice depends on the GPU."""
+    scalar = arch in NO_TENSOR_CORES
+    return choose(scalar) if scalar or not arch.startswith("sm_") else None
+
+
+def _conv2d_24(dtype: torch.dtype, arch: str, backward: bool = False):
+    """Every tile, narrow groups, and split over the sum."""
+    file = importlib.import_module("slimgemm.kernels.conv_24")
+    wide, narrow = file.CONV_24_TILES, file.CONV_24_NARROW_TILES
+    for m, out, split in (
+        *((tile.m, CHANNELS, 1) for tile in wide),
+        *((tile.m, 16, 1) for tile in narrow),
+        (wide[0].m, CHANNELS, 4),
+    ):
+        shape = (out, CHANNELS, *KERNEL)
+        w = packed_operand(out, CHANNELS * KERNEL[0] * KERNEL[1], dtype)
+        tile = _conv_24_tile(arch, functools.partial(file.conv_tile, m, out))
+        options: dict[str, Any] = {"padding": 1, "tile": tile, "split": split}
+        label = f"m {m} out {out}" + (" split" if split > 1 else "")
+        if backward:
+            dgrad = importlib.import_module("slimgemm.kernels.conv_24_grad").conv2d_24_dgrad
+            dy, size = image(m, dtype, out), (1, CHANNELS, 4, m // 4)
+            yield label, functools.partial(dgrad, dy, w, shape, size, **options)
+        else:
+            x, bias = image(m, dtype), operand(out, dtype=dtype)
+            conv = file.conv2d_24
+            yield label, functools.partial(conv, x, w, shape, bias, act="gelu", **options)
+
+
+def _conv2d_24_wgrad(dtype: torch.dtype, arch: str):
+    file = importlib.import_module("slimgemm.kernels.conv_24_grad")
+    for out, split in ((CHANNELS, 1), (16, 1), (CHANNELS, 4)):
+        dy, x = image(256, dtype, out), image(256, dtype)
+        w = packed_operand(out, CHANNELS * KERNEL[0] * KERNEL[1], dtype)
+        tile = _conv_24_tile(arch, functools.partial(file.conv_wgrad_tile, out))
+        launch = functools.partial(
+            file.conv2d_24_wgrad, dy, x, w, (out, CHANNELS, *KERNEL),
+            padding=1, tile=tile, split=split,
+        )  # fmt: skip
+        yield f"out {out}" + (" split" if split > 1 else ""), launch
+
+
 OPS = {
     "pack_24": Op(_pack_24, STORED_DTYPES, False),
     "prune_24": Op(
@@ -161,4 +268,14 @@ OPS = {
     "spmm_24": Op(_spmm_24, tuple(DTYPES), True),
     "spmm_24_dgrad": Op(_spmm_24_dgrad, tuple(DTYPES), True),
     "spmm_24_wgrad": Op(_spmm_24_wgrad, tuple(DTYPES), True),
+    "conv2d_24": Op(_conv2d_24, tuple(DTYPES), True),
+    "conv2d_24_dgrad": Op(functools.partial(_conv2d_24, backward=True), tuple(DTYPES), True),
+    "conv2d_24_wgrad": Op(_conv2d_24_wgrad, tuple(DTYPES), True),
+    "gemm_channels": Op(_gemm_channels, tuple(DTYPES), True),
+    "gemm_channels_wgrad": Op(_gemm_channels_wgrad, tuple(DTYPES), True),
+    "conv2d_channels": Op(_conv2d_channels, tuple(DTYPES), True),
+    "conv2d_channels_dgrad": Op(
+        functools.partial(_conv2d_channels, backward=True), tuple(DTYPES), True
+    ),
+    "conv2d_channels_wgrad": Op(_conv2d_channels_wgrad, tuple(DTYPES), True),
 }
