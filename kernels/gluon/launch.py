@@ -1,0 +1,81 @@
+"""What the launchers of the Gluon kernels share: their checks and the record of one launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slimgemm.kernels.reference import ACTIVATIONS
+
+EPILOGUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Launch(NamedTuple):
+    """One kernel launch, before it happens: tests run it on NumPy, launchers on the GPU.
+
+    Args:
+        grid: programs per axis.
+        args, constants: positional arguments and constexprs of the kernel.
+        warps: warps per program.
+        out: [..., N], the result.
+        parts: fp32 [splits, M, N] to be added into `out`, or None where the kernel writes `out`.
+    """
+
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, Any]
+    warps: int
+    out: Tensor
+    parts: Tensor | None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check_x(x: Tensor, n: int, k: int, dtype: torch.dtype, device, capability) -> None:
+    """Raise ValueError unless `x` [..., k] fits a weight [n, k] and its GPU has `capability`."""
+    if x.ndim < 1 or x.shape[-1] != k:
+        raise ValueError(f"x must be [..., {k}] for a [{n}, {k}] weight, got {list(x.shape)}")
+    if x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"x must be {dtype} on {device} as the weight, got {x.dtype} on {x.device}"
+        )
+    try:
+        x.view(math.prod(x.shape[:-1]), k)
+        folds = x.stride(-1) == 1 or k == 1
+    except RuntimeError:
+        folds = False
+    if not folds:
+        raise ValueError(
+            "x must have stride 1 along k and leading dims that fold into one, "
+            f"got strides {x.stride()}; call x.contiguous() first"
+        )
+    if not x.is_cuda:
+        raise ValueError(f"x must be on a GPU, got {x.device}; slimgemm.kernels runs CPU tensors")
+    if torch.cuda.get_device_capability(device) < capability:
+        raise ValueError(
+            f"GPU must be of compute capability {capability} or later, "
+            f"got {torch.cuda.get_device_capability(device)}"
+        )
+
+
+def check_epilogue(n: int, x: Tensor, bias: Tensor | None, scale: Tensor | None, act: str) -> None:
+    """Raise ValueError unless bias [n] and scale ([n] or one element) lie beside `x`."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    for name, t, shapes in (("bias", bias, ((n,),)), ("scale", scale, ((n,), (1,), ()))):
+        if t is None:
+            continue
+        if t.dtype not in EPILOGUE_DTYPES or t.device != x.device:
+            raise ValueError(
+                f"{name} must be float16, bfloat16 or float32 on {x.device}, "
+                f"got {t.dtype} on {t.device}"
+            )
+        if tuple(t.shape) not in shapes or not t.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [{n}], got {list(t.shape)} {t.stride()}")

@@ -1,0 +1,119 @@
+"""Builds Gluon kernels ahead of time and prints what came out, one JSON line a build.
+
+    python build.py NAME...        names of CASES; a name may end in * to take all that begin so
+
+Run in a process of its own without TRITON_INTERPRET, with the wanted Triton first on PYTHONPATH.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from slimgemm.kernels.gluon import mma_sp, orders
+from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
+from slimgemm.kernels.reference import prune_24_ref
+
+POINTERS = {
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+COUNTED = r"\b(HMMA[.\w]*|HGMMA[.\w]*|LDGSTS[.\w]*|LDG[.\w]*|LDSM|STG[.\w]*|STL|LDL|UTMALDG)"
+
+
+def mma_sp_launch(most, dtype=torch.bfloat16, k=4096, splits=1, **epilogue):
+    """The launch of a shipped tile on an aligned (k % 8 == 0) or general shape."""
+    packed = prune_24_ref(torch.zeros(16, k, dtype=dtype))
+    x = torch.zeros(most, k, dtype=dtype)
+    tile = mma_sp_tile(most, k % 8 == 0)
+    return mma_sp._mma_sp_kernel, mma_sp.prepare(
+        x, orders.to_mma_sp(packed), tile=tile, splits=splits, **epilogue
+    )
+
+
+def cases():
+    """name -> (architecture, function that gives kernel and launch)."""
+    table = {}
+    for arch in ARCHITECTURES:
+        for most in MMA_SP_TILES:
+            table[f"mma_sp/{arch}/{most}"] = (arch, lambda m=most: mma_sp_launch(m))
+    full = dict(bias=torch.zeros(16), scale=torch.zeros(16))
+    for act in ("relu", "gelu", "gelu_tanh", "silu", "relu2"):
+        table[f"mma_sp/epilogue/{act}"] = (
+            "sm_90",
+            lambda a=act: mma_sp_launch(8, torch.float16, act=a, **full),
+        )
+    table["mma_sp/scalar_scale"] = ("sm_90", lambda: mma_sp_launch(8, scale=torch.zeros(1)))
+    table["mma_sp/splits"] = ("sm_90", lambda: mma_sp_launch(8, splits=4))
+    for most in MMA_SP_TILES:
+        table[f"mma_sp/general/{most}"] = ("sm_90", lambda m=most: mma_sp_launch(m, k=4099))
+    return table
+
+
+def source(kernel, launch):
+    """The source of `kernel` for the types and alignments of `launch`, as the JIT sees them."""
+    names = list(kernel.arg_names)
+    signature, attrs, constants = {}, {}, dict(launch.constants)
+    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
+        if value is None:
+            constants[name] = None
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = value.type_name
+    signature = {n: signature.get(n, "constexpr") for n in names}
+    return GluonASTSource(kernel, signature, constants, attrs)
+
+
+def tool(name, *args):
+    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    return subprocess.run(
+        [os.path.join(folder, name), *args], capture_output=True, text=True
+    ).stdout
+
+
+def build(name, arch, make):
+    kernel, launch = make()
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    built = triton.compile(
+        source(kernel, launch), target=target, options={"num_warps": launch.warps}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        sass = tool("cuobjdump", "-sass", file.name) or tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+    counts = Counter(re.findall(COUNTED, sass))
+    registers = re.findall(r"REG:(\d+)", usage)
+    return {
+        "name": name,
+        "triton": triton.__version__,
+        "smem": built.metadata.shared,
+        "registers": int(registers[-1]) if registers else None,
+        "counts": dict(counts),
+    }
+
+
+if __name__ == "__main__":
+    table = cases()
+    for wanted in sys.argv[1:]:
+        for name in table:
+            if name == wanted or (wanted.endswith("*") and name.startswith(wanted[:-1])):
+                print(json.dumps(build(name, *table[name])), flush=True)

@@ -1,0 +1,111 @@
+"""Ahead-of-time builds, in processes of their own: instructions, spills, loads, shared memory.
+
+The short set builds with the installed Triton; `-m slow` builds every shipped configuration, and
+the tiles with each further version that SLIMGEMM_TRITONS names (folders, separated by colons).
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from slimgemm.kernels.configs import SMEM_BYTES
+from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
+
+BUILD = pathlib.Path(__file__).with_name("build.py")
+EPILOGUES = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or sys.platform != "linux",
+    reason="needs a Triton wheel with ptxas",
+)
+
+
+def build(cases, cache, path=None):
+    """The records of build.py for `cases`, by name."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    if path:
+        env["PYTHONPATH"] = str(path)
+    done = subprocess.run(
+        [sys.executable, str(BUILD), *cases], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) >= len(cases), f"nothing was built for some of {cases}"
+    return {row["name"]: row for row in rows}
+
+
+def total(row, prefix):
+    return sum(count for name, count in row["counts"].items() if name.startswith(prefix))
+
+
+def check_mma_sp(row, arch, dtype="BF16", tile=None, copies=True):
+    """What must hold of each build of mma_sp; counts are those of the tile's unrolled loop."""
+    assert total(row, "STL") == total(row, "LDL") == 0, row
+    assert row["smem"] <= SMEM_BYTES[arch], row
+    if tile is None:
+        assert total(row, "HMMA.SP.16832.F32") > 0
+        return
+    steps = 8 * tile.mt * tile.nt
+    name = "HMMA.SP.16832.F32" + (".BF16" if dtype == "BF16" else "")
+    assert row["counts"].get(name) == steps, row
+    # Per 256-column block: mt x (8 steps + 1 metadata), and once more `ahead` + 1 before the loop.
+    assert row["counts"].get("LDG.E.128") == tile.mt * (9 + tile.ahead + 1), row
+    assert (total(row, "LDGSTS.E.BYPASS.128") > 0) == copies, row
+
+
+def check_general(row, most):
+    check_mma_sp(row, "sm_90", tile=mma_sp_tile(most, aligned=False), copies=False)
+    assert total(row, "LDG.E.U16") > 0, row
+
+
+def check_tiles(rows):
+    for name, row in rows.items():
+        _, arch, most = name.split("/")
+        if arch == "general":
+            check_general(row, int(most))
+            continue
+        check_mma_sp(row, arch, tile=MMA_SP_TILES[int(most)])
+
+
+def test_short_set(tmp_path):
+    """One decode and one prefill tile where shared memory is smallest, and the other variants."""
+    rows = build(["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"], tmp_path)
+    check_tiles(rows)
+    rows = build(["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/splits"], tmp_path)
+    check_general(rows.pop("mma_sp/general/64"), 64)
+    check_mma_sp(rows["mma_sp/epilogue/gelu"], "sm_90", "F16", MMA_SP_TILES[8])
+    check_mma_sp(rows["mma_sp/splits"], "sm_90", tile=MMA_SP_TILES[8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "general"])
+def test_every_tile_on_every_architecture(arch, tmp_path):
+    rows = build([f"mma_sp/{arch}/*"], tmp_path)
+    assert len(rows) == len(MMA_SP_TILES)
+    check_tiles(rows)
+
+
+@pytest.mark.slow
+def test_every_epilogue(tmp_path):
+    rows = build(["mma_sp/epilogue/*", "mma_sp/scalar_scale"], tmp_path)
+    assert len(rows) == len(EPILOGUES) + 1
+    for name, row in rows.items():
+        check_mma_sp(row, "sm_90", "BF16" if "scalar" in name else "F16", MMA_SP_TILES[8])
+
+
+OTHERS = [path for path in os.environ.get("SLIMGEMM_TRITONS", "").split(":") if path]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OTHERS, reason="SLIMGEMM_TRITONS names no further Triton")
+@pytest.mark.parametrize("path", OTHERS or [None], ids=lambda p: pathlib.Path(p or "none").name)
+def test_other_versions_of_triton(path, tmp_path):
+    rows = build(["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64"], tmp_path, path)
+    assert {row["triton"] for row in rows.values()} == {pathlib.Path(path).name}
+    check_tiles(rows)
