@@ -41,8 +41,8 @@ from slimgemm.kernels.reference_channels import (
     output_size,
 )
 
-# Rows as GEMM_CHANNELS_TILES has them. Not tuned on a GPU.
-CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 64, 4, 3), Tile(128, 64, 32, 4, 3))
+# As GEMM_CHANNELS_TILES; larger tiles of gathered taps spill.
+CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 32, 4, 4), Tile(128, 64, 32, 8, 4))
 
 
 @triton.jit
