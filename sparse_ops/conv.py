@@ -7,13 +7,15 @@ not prune: `from_dense` refuses a weight that is not already keep:group along it
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slimgemm.kernels.conv_layout import conv_matrix, convolution, pair
-from slimgemm.kernels.formats import check_pattern
+from slimgemm.kernels.conv_layout import conv_matrix, convolution, padded_channels, pair
+from slimgemm.kernels.dispatch import implementation
+from slimgemm.kernels.formats import Packed24, check, check_pattern
+from slimgemm.kernels.reference import unpack_24_ref
 from slimgemm.sparse_ops import library, library_conv
 from slimgemm.sparse_ops.linear import PackedModule, autocast_to
 
@@ -32,6 +34,8 @@ class SparseConv2d24(PackedModule):
     [out, kh * kw * Cp / 8], `bias` [out]; layout in slimgemm.kernels.conv_layout, bits in
     slimgemm.kernels.formats.
     """
+
+    own_attributes: ClassVar[tuple[str, ...]] = (*PackedModule.own_attributes, "_paddings")
 
     def __init__(
         self,
@@ -109,7 +113,7 @@ class SparseConv2d24(PackedModule):
         with torch.device("meta"):
             module = cls(*arguments, *options, keep=keep, group=group)
         weight = conv.weight.detach()
-        packed = library_conv.implementation("pack_conv", weight.device)(weight, keep, group)
+        packed = implementation("pack_conv", weight.device)(weight, keep, group)
         module.values = nn.Parameter(packed.values, conv.weight.requires_grad)
         module.meta = packed.meta
         module.register_parameter("bias", conv.bias)
@@ -120,7 +124,7 @@ class SparseConv2d24(PackedModule):
         arguments = (self.in_channels, self.out_channels, self.kernel_size, self.stride)
         with torch.device("meta"):
             conv = nn.Conv2d(*arguments, self.padding, self.dilation, self.groups, bias=False)
-        unpack = library_conv.implementation("unpack_conv", self.values.device)
+        unpack = implementation("unpack_conv", self.values.device)
         weight = unpack(self.packed._replace(values=self.values.detach()), self.weight_shape)
         conv.weight = nn.Parameter(weight, self.values.requires_grad)
         conv.register_parameter("bias", self.bias)
@@ -135,6 +139,32 @@ class SparseConv2d24(PackedModule):
             x, values, self.meta, bias, self.weight_shape, self.stride, self._paddings,
             self.dilation, self.groups, self.keep, self.group, "none",
         )  # fmt: skip
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        meta, values = (state_dict.get(prefix + key) for key in ("meta", "values"))
+        if isinstance(meta, Tensor) and isinstance(values, Tensor) and not meta.is_meta:
+            lost = self._values_in_padding(values.detach(), meta)
+            if lost:
+                error_msgs.append(
+                    f"{prefix or 'the module'}: {lost} values lie past the "
+                    f"{self.weight_shape[1]} input channels of a tap; it is another layer's weight"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _values_in_padding(self, values: Tensor, meta: Tensor) -> int:
+        """How many values are of channels that the weight does not have; 0 if not readable."""
+        packed = Packed24(values, meta, *self.packed[2:])
+        try:
+            check(packed)
+        except ValueError:
+            return 0  # the base class says what is wrong
+        taps = unpack_24_ref(packed).view(-1, padded_channels(self.weight_shape[1]))
+        return int((taps[:, self.weight_shape[1] :] != 0).sum())
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]

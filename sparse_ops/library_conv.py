@@ -8,20 +8,19 @@ other as those of a linear layer do (library.py), so backward of any order works
 from __future__ import annotations
 
 import contextlib
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimgemm.kernels import reference_conv
 from slimgemm.kernels.conv_layout import (
     check_image,
     check_output_gradient,
     convolution,
     memory_format,
 )
+from slimgemm.kernels.dispatch import implementation
 from slimgemm.kernels.formats import Packed24
 from slimgemm.sparse_ops.library import act_backward, autograd, define
 
@@ -29,21 +28,6 @@ GEOMETRY = (
     "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
     "int keep, int group"
 )
-# op -> the file in kernels/ that holds its launcher
-FILES = {
-    "pack_conv": "pack_conv",
-    "unpack_conv": "pack_conv",
-    "conv2d_24": "conv_24",
-    "conv2d_24_dgrad": "conv_24_grad",
-    "conv2d_24_wgrad": "conv_24_grad",
-}
-
-
-def implementation(op: str, device: torch.device) -> Callable[..., Any]:
-    """The function that runs `op` on tensors of `device`; imports Triton only where it runs."""
-    if device.type != "cuda":
-        return getattr(reference_conv, f"{op}_ref")
-    return getattr(importlib.import_module(f"slimgemm.kernels.{FILES[op]}"), op)
 
 
 def _packed(values: Tensor, meta: Tensor, weight_shape: Sequence[int], pattern: Any) -> Packed24:

@@ -259,6 +259,17 @@ def test_damaged_metadata_is_refused_and_nothing_is_loaded():
     assert torch.equal(module(x), before)
 
 
+def test_values_of_channels_that_do_not_exist_are_refused():
+    module, x = small()
+    before = module(x)
+    state = copy.deepcopy(module.state_dict())
+    state["values"][1, 3] = 1  # channels 4-7 of the first tap; the layer has 6
+    state["meta"][1, 0] = 0b11_00_01_00
+    with pytest.raises(RuntimeError, match="1 values lie past the 6 input channels of a tap"):
+        module.load_state_dict(state)
+    assert torch.equal(module(x), before)
+
+
 def test_copies_dtypes_and_functional_calls():
     module, x = small()
     twin = copy.deepcopy(module)
