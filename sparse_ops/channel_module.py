@@ -24,8 +24,10 @@ def checked_index(kept: Kept, width: int, groups: int, name: str) -> ChannelInde
                 f"{name} must be an index of {width} channels, got one of {kept.width}"
             )
         kept = kept.index
-    index = channel_index(kept, width, name)
-    check_groups(index, groups, name)
+    # Not on the default device, which is "meta" where a module is made without memory.
+    with torch.device(kept.device if isinstance(kept, Tensor) else "cpu"):
+        index = channel_index(kept, width, name)
+        check_groups(index, groups, name)
     return index
 
 
