@@ -20,7 +20,7 @@ from slimgemm.kernels.reference_channels import check_conv_wgrad, conv_geometry
 from slimgemm.kernels.spmm_24 import add_parts
 
 # With tensor cores, and with multiply-adds. Not tuned on a GPU.
-CONV_CHANNELS_WGRAD_TILES = (Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 8, 3))
+CONV_CHANNELS_WGRAD_TILES = (Tile(32, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 
 
 @triton.jit
