@@ -11,6 +11,7 @@ from slimgemm.pruning.finetune import finetune
 from slimgemm.pruning.gradients import OptimalBrainDamage, Taylor
 from slimgemm.pruning.masks import PackedMask, keep_masks, load_masks, mask_of, masks_state
 from slimgemm.pruning.patterns import Block, Channels, Kernel, NofM, Unstructured, Vector
+from slimgemm.pruning.permutation import find_permutation, permute
 from slimgemm.pruning.plan import LayerPlan, Plan, plan
 from slimgemm.pruning.repair import ADMM, LeastSquares
 from slimgemm.pruning.scores import BatchNormScale, Context, GeometricMedian, Magnitude, Random
@@ -46,10 +47,12 @@ __all__ = [
     "ZeroActivations",
     "cost",
     "count_macs",
+    "find_permutation",
     "finetune",
     "keep_masks",
     "load_masks",
     "mask_of",
     "masks_state",
+    "permute",
     "plan",
 ]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slimgemm.pruning.transposable import transposable_mask
+
 LOWEST = float("-inf")
 INDEX_BYTES = 4  # one int32 column index per kept unit, block or vector
 
@@ -98,13 +100,16 @@ class NofM(Pattern):
     Args:
         keep: weights kept per group, 1 <= keep < group.
         group: weights per group.
+        transposable: 2:4 along the output channels too, so that the transposed weight packs as
+            well; the exact best of the 90 masks of each 4x4 block.
 
     Raises:
-        ValueError: keep is not in 1 .. group-1.
+        ValueError: keep is not in 1 .. group-1, or transposable with anything but 2:4.
     """
 
     keep: int = 2
     group: int = 4
+    transposable: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < self.group:
@@ -112,6 +117,8 @@ class NofM(Pattern):
                 f"NofM keeps 1 to group-1 weights of each group, got keep={self.keep}, "
                 f"group={self.group}; keep counts the weights that stay"
             )
+        if self.transposable and (self.keep, self.group) != (2, 4):
+            raise ValueError(f"only 2:4 can be transposable here, got {self.keep}:{self.group}")
 
     @property
     def share(self) -> float:  # type: ignore[override]
@@ -124,7 +131,7 @@ class NofM(Pattern):
         return self.group
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
+        return f"{self.keep}:{self.group}" + (" transposable" if self.transposable else "")
 
     def units(self, scores: Tensor) -> Tensor:
         """One unit per weight: [weights], in the order of the weight's memory."""
@@ -133,6 +140,9 @@ class NofM(Pattern):
     def mask(self, scores: Tensor, drop: int = 0) -> Tensor:
         """bool, shape of `scores`; `drop` is not read, the pattern fixes it."""
         rows = rows_of(scores)
+        if self.transposable:
+            both = transposable_mask(rows.transpose(0, 1)).transpose(0, 1)
+            return like_weight(both, scores.shape).contiguous()
         padded = _pad(rows, 1, self.group, LOWEST).unflatten(2, (-1, self.group))
         kept = keep_highest(padded, self.keep).flatten(2)[..., : rows.shape[2]]
         return like_weight(kept, scores.shape).contiguous()
