@@ -22,7 +22,7 @@ from slimgemm.benchmarks.progress import Steps
 
 MAX_DROP = 1.0  # points of accuracy that fine-tuning may leave lost
 SMALL = 5_000  # training images up to which a data set gets EPOCHS_SMALL epochs
-EPOCHS_SMALL, EPOCHS_LARGE = 10, 2
+EPOCHS_SMALL, EPOCHS_LARGE = 8, 2
 LATENCY_ROUNDS = {1: 100, 256: 20}  # images per forward -> timed rounds
 # The same file read by two processes gives the same weights; this leaves room for a matrix library
 # that sums in another order there. Relative to the largest logit.
@@ -199,8 +199,8 @@ def judge(runs: Sequence[SeedRun]) -> list[Check]:
         drop = statistics.mean(drops)
         checks.append(
             Check(
-                f"{what} fine-tuned within {MAX_DROP:g} point of dense",
-                drop <= MAX_DROP,
+                f"{what} fine-tuned within {MAX_DROP:g} point{'s' * (MAX_DROP != 1)} of dense",
+                drop <= MAX_DROP + 1e-9,  # the mean of rounded percentages may miss by a bit
                 f"mean change {-drop:+.2f} points over {len(runs)} seeds",
             )
         )

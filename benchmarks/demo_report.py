@@ -60,7 +60,7 @@ def shape(sizes: Sequence[int]) -> str:
 
 def layer_table(result: Result) -> Table:
     """Per layer and pattern: shape, kept, bytes and predicted energy, of seed 0."""
-    columns = "layer", "shape", "stored as", "kept %", "dense bytes", "stored bytes", "of dense"
+    columns = "layer", "shape", "stored as", "kept %", "dense B", "stored B", "of dense"
     table = _table("Weights, and energy per image", (*columns, "dense µJ", "stored µJ"), 3)
     rows = result.runs[0].layers
     for pattern in ("2:4", "channels"):
@@ -94,9 +94,11 @@ def _layer_cells(row: LayerRow) -> Iterator[str]:
     yield from (f"{row.energy_pj / 1e6:.2f}", f"{row.stored_energy_pj / 1e6:.2f}")
 
 
-def duration(us: float) -> str:
-    """868 µs, or 29.8 ms from ten milliseconds on."""
-    return f"{us:,.0f} µs" if us < 1e4 else f"{us / 1e3:,.1f} ms"
+def duration(us: float, *around: float) -> str:
+    """868 µs, or 29.8 ms from ten milliseconds on; percentiles in the same unit behind it."""
+    size, digits, unit = (1, 0, "µs") if us < 1e4 else (1e3, 1, "ms")
+    numbers = [f"{value / size:,.{digits}f}" for value in (us, *around)]
+    return f"{numbers[0]} {unit}" + (f" ({'-'.join(numbers[1:])})" if around else "")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -111,7 +113,7 @@ def stage_table(result: Result) -> Table:
     seeds = len(result.runs)
     title = f"Stages, mean ± standard deviation of {seeds} seeds" if seeds > 1 else "Stages, 1 seed"
     columns = ["stage", "accuracy %", "loss", "file bytes", "output diff"]
-    columns += [f"{batch} image{'s' * (batch > 1)}" for batch in result.latency]
+    columns += [images(batch) for batch in result.latency]
     table = _table(title, columns, 1)
     for key, name in STAGES.items():
         stages = [run.stages[key] for run in result.runs]
@@ -169,38 +171,40 @@ def latency_lines(result: Result) -> Iterator[str]:
     where = hardware(result)
     threads = f"{where['threads']} thread{'s' * (where['threads'] > 1)} of {where['cpu']}"
     place = where["gpu"] if device == "cuda" else threads
-    yield f"Latency on {place}, median (20th to 80th percentile), seed 0:"
+    yield f"Latency on {place}, median (20th-80th percentile), seed 0:"
     for batch, found in result.latency.items():
-        parts = [
-            f"{name} {duration(t.us_p50)} ({duration(t.us_p20)} to {duration(t.us_p80)})"
-            for name, t in found.items()
-        ]
-        yield from (f"  {batch:>3} image{'s' if batch > 1 else ' '}  {part}" for part in parts)
+        parts = [f"{n} {duration(t.us_p50, t.us_p20, t.us_p80)}" for n, t in found.items()]
+        yield f"  {images(batch):<10}  {', '.join(parts)}"
     if device == "cuda":
         faster = sum(row.speedup > 1 for row in result.kernels)
         yield (
-            f"2:4 is a GPU speed-up for large layers; these are small. The packed kernel is faster "
+            "2:4 is a GPU speed-up for large layers; these are small. The packed kernel is faster "
             f"than torch's dense product in {faster} of {len(result.kernels)} rows above."
         )
     else:
         yield (
             "2:4 is a GPU speed-up. A CPU has no instruction for it: packed layers are unpacked at "
-            "every call, and what a CPU gets is fewer bytes on disk and in memory. Here packed "
-            f"takes {times_dense(result, 'packed')}."
+            "every call, and what a CPU gets is fewer bytes on disk and in memory. Here one "
+            f"forward takes {times_dense(result, 'packed')}."
         )
     yield (
-        "Cut channels make every layer smaller, on any device: here they take "
+        "Cut channels make every layer smaller, on any device. Here one forward takes "
         f"{times_dense(result, 'channels')}."
     )
+
+
+def images(batch: int) -> str:
+    """1 image, 256 images."""
+    return f"{batch} image{'s' * (batch > 1)}"
 
 
 def times_dense(result: Result, model: str) -> str:
     """Latency of a model over that of the dense one, at every number of images."""
     parts = [
-        f"{found[model].us_p50 / found['dense'].us_p50:.2f} x at {batch}"
+        f"{found[model].us_p50 / found['dense'].us_p50:.2f} x the dense time at {images(batch)}"
         for batch, found in result.latency.items()
     ]
-    return f"{' and '.join(parts)} images of what dense takes"
+    return ", ".join(parts)
 
 
 def energy_line() -> str:

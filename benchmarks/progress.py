@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 HEARTBEAT_S = 10.0  # without a terminal, a loop says where it is this often
+REFRESH_S = 0.1  # on a terminal, bars are drawn at most this often
 
 
 class Loop:
@@ -36,6 +37,7 @@ class Loop:
         """One round is done; `note` is shown beside the bar."""
         self.done += 1
         self.steps.bars.update(self.task, advance=1, description=f"{self.name}  {note}".rstrip())
+        self.steps.draw()
         now = time.monotonic()
         quiet = self.steps.console.is_terminal or self.done == self.total
         if not quiet and now - self.said >= HEARTBEAT_S:
@@ -55,19 +57,29 @@ class Steps(AbstractContextManager["Steps"]):
         self.console = console
         self.bars = Progress(
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            # A second thread that draws can leave half a bar behind when a bar is removed.
+            auto_refresh=False,
             disable=not console.is_terminal,
         )
+        self._drawn = 0.0
         self.whole = self.bars.add_task("all steps", total=loops)
 
     def __enter__(self) -> Steps:
         self.bars.start()
         return self
+
+    def draw(self, force: bool = False) -> None:
+        """Draw the bars, unless they were drawn just now."""
+        now = time.monotonic()
+        if force or now - self._drawn >= REFRESH_S:
+            self._drawn = now
+            self.bars.refresh()
 
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
@@ -81,6 +93,7 @@ class Steps(AbstractContextManager["Steps"]):
         """A loop of `total` rounds; its line is printed when it ends without an error."""
         started = time.monotonic()
         loop = Loop(self, name, total)
+        self.draw(force=True)
         try:
             yield loop
         finally:
