@@ -1,7 +1,7 @@
 """Which implementation runs an op: the Triton launcher on a GPU, the torch twin elsewhere.
 
-The public functions of `slimgemm.kernels` are made here. Launchers are imported at their first
-use, so that importing slimgemm needs neither Triton nor its import time.
+Launchers are imported at their first use, so that importing slimgemm needs neither Triton nor its
+import time.
 """
 
 from __future__ import annotations
@@ -12,17 +12,38 @@ from typing import Any
 
 import torch
 
-from slimgemm.kernels import reference
-
-# op -> the file in kernels/ that holds its launcher, where the names differ
-FILES = {"prune_dense_24": "prune_24"}
+# op -> file in kernels/ with its launcher, file in kernels/ with its twin
+OPS = {
+    "pack_24": ("pack_24", "reference"),
+    "unpack_24": ("unpack_24", "reference"),
+    "prune_24": ("prune_24", "reference"),
+    "prune_dense_24": ("prune_24", "reference"),
+    "spmm_24": ("spmm_24", "reference"),
+    "spmm_24_dgrad": ("spmm_24_dgrad", "reference"),
+    "spmm_24_wgrad": ("spmm_24_wgrad", "reference"),
+    "pack_conv": ("pack_conv", "reference_conv"),
+    "unpack_conv": ("pack_conv", "reference_conv"),
+    "conv2d_24": ("conv_24", "reference_conv"),
+    "conv2d_24_dgrad": ("conv_24_grad", "reference_conv"),
+    "conv2d_24_wgrad": ("conv_24_grad", "reference_conv"),
+    "gemm_channels": ("gemm_channels", "reference_channels"),
+    "gemm_channels_wgrad": ("gemm_channels_wgrad", "reference_channels"),
+    "conv2d_channels": ("conv_channels", "reference_channels"),
+    "conv2d_channels_dgrad": ("conv_channels", "reference_channels"),
+    "conv2d_channels_wgrad": ("conv_channels_wgrad", "reference_channels"),
+}
 
 
 def launcher(op: str) -> Callable[..., Any]:
     """The Triton launcher of `op`."""
-    return getattr(importlib.import_module(f"slimgemm.kernels.{FILES.get(op, op)}"), op)
+    return getattr(importlib.import_module(f"slimgemm.kernels.{OPS[op][0]}"), op)
+
+
+def twin(op: str) -> Callable[..., Any]:
+    """The plain torch twin of `op`, for any device."""
+    return getattr(importlib.import_module(f"slimgemm.kernels.{OPS[op][1]}"), f"{op}_ref")
 
 
 def implementation(op: str, device: torch.device) -> Callable[..., Any]:
     """The function that runs `op` on tensors of `device`."""
-    return launcher(op) if device.type == "cuda" else getattr(reference, f"{op}_ref")
+    return launcher(op) if device.type == "cuda" else twin(op)
