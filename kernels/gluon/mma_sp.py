@@ -167,11 +167,13 @@ def _mma_sp_kernel(
             copy_x(ring.index((step + STAGES - 1) % STAGES), x_at, on_x, pair0, shift, K, ALIGNED)
             stage = ring.index(step % STAGES)
             for k in gl.static_range(STEPS):
-                target = sub * STEPS + k + AHEAD
-                if target < 8:
-                    fresh = load_words(w_it + target * 128, on, WK > 1, 0)
+                # Step AHEAD of this one, in this block or in the next.
+                if sub * STEPS + k + AHEAD < 8:
+                    at = w_it + (sub * STEPS + k + AHEAD) * 128
+                    fresh = load_words(at, on, WK > 1, 0)
                 else:
-                    fresh = load_words(w_after + (target - 8) * 128, next_on, WK > 1, 0)
+                    at = w_after + (sub * STEPS + k + AHEAD - 8) * 128
+                    fresh = load_words(at, next_on, WK > 1, 0)
                 b = stage.slice(16 * k, 16, dim=1).load(X_FRAGMENT)
                 # token (wm, nt, g), pair (r, t) -> [nt, wm, wk, 4 (4 g + t) + r]: registers only.
                 b = b.reshape([WK, WM, NT, 8, 4, 4]).permute([2, 1, 0, 3, 5, 4])

@@ -18,8 +18,10 @@ def check(m, n, k, tile, dtype=torch.bfloat16, splits=1, x=None, name="mma_sp", 
     x = randn(m, k, dtype=dtype, seed=m) if x is None else x
     got = run(x, orders.to_mma_sp(packed), tile, splits, **epilogue)
     exact = packed._replace(values=packed.values.double())
+    if "scale" in epilogue:
+        epilogue["scale"] = epilogue["scale"].expand(n)
     wide = {key: t.double() if torch.is_tensor(t) else t for key, t in epilogue.items()}
-    same = {key: t.to(dtype) if torch.is_tensor(t) else t for key, t in epilogue.items()}
+    same = {key: t.to(dtype) if torch.is_tensor(t) else t for key, t in wide.items()}
     assert_no_worse_than_dense(
         got, spmm_24_ref(x, packed, **same), spmm_24_ref(x.double(), exact, **wide), name
     )
