@@ -8,16 +8,15 @@ are made of the same products with the roles exchanged, so backward of any order
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slimgemm.kernels import reference_channels
 from slimgemm.kernels.channel_layout import ChannelLayout
 from slimgemm.kernels.conv_layout import memory_format
+from slimgemm.kernels.dispatch import implementation
 from slimgemm.kernels.reference_channels import (
     check_bias_act,
     check_conv,
@@ -33,23 +32,11 @@ from slimgemm.sparse_ops.library import act_backward, autograd, define
 
 CHANNELS = "Tensor? in_index, int[] in_layout, Tensor? out_index, int[] out_layout"
 GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
-# op -> the file in kernels/ that holds its launcher
-FILES = {
-    "gemm_channels": "gemm_channels",
-    "gemm_channels_wgrad": "gemm_channels_wgrad",
-    "conv2d_channels": "conv_channels",
-    "conv2d_channels_dgrad": "conv_channels",
-    "conv2d_channels_wgrad": "conv_channels_wgrad",
-}
 
 
 def _run(op: str, first: Tensor, *arguments: Any) -> Tensor:
-    """Run `op` where `first` is: Triton on a GPU, the twin (without autocast) elsewhere."""
-    if first.device.type == "cuda":
-        run = getattr(importlib.import_module(f"slimgemm.kernels.{FILES[op]}"), op)
-        return run(first, *arguments)
-    with torch.autocast(first.device.type, enabled=False):
-        return getattr(reference_channels, f"{op}_ref")(first, *arguments)
+    """Run `op` where `first` is: Triton on a GPU, the twin elsewhere."""
+    return implementation(op, first.device)(first, *arguments)
 
 
 def parts(layout: ChannelLayout) -> tuple[Tensor | None, list[int]]:

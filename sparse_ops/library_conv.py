@@ -7,7 +7,6 @@ other as those of a linear layer do (library.py), so backward of any order works
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,13 +33,6 @@ def _packed(values: Tensor, meta: Tensor, weight_shape: Sequence[int], pattern: 
     return Packed24(values, meta, convolution(weight_shape).k, *pattern)
 
 
-def _plain(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off: the twins are torch operators, and would be cast once more."""
-    if not torch.is_autocast_enabled(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def _images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """New images [B, channels, *size] in the memory format of `like`."""
     shape = (like.shape[0], channels, *size)
@@ -56,10 +48,9 @@ def _conv(
     dilation: Sequence[int], groups: int, keep: int, group: int, act: str,
 ) -> Tensor:  # fmt: skip
     w = _packed(values, meta, weight_shape, (keep, group))
-    with _plain(x.device):
-        return implementation("conv2d_24", x.device)(
-            x, w, weight_shape, bias, stride, padding, dilation, groups, act
-        )
+    return implementation("conv2d_24", x.device)(
+        x, w, weight_shape, bias, stride, padding, dilation, groups, act
+    )
 
 
 def _conv_fake(x, values, meta, bias, weight_shape, stride, padding, dilation, groups, *_):
@@ -105,10 +96,9 @@ def _dgrad(
     dilation: Sequence[int], groups: int, keep: int, group: int,
 ) -> Tensor:  # fmt: skip
     w = _packed(values, meta, weight_shape, (keep, group))
-    with _plain(dy.device):
-        return implementation("conv2d_24_dgrad", dy.device)(
-            dy, w, weight_shape, input_shape, stride, padding, dilation, groups
-        )
+    return implementation("conv2d_24_dgrad", dy.device)(
+        dy, w, weight_shape, input_shape, stride, padding, dilation, groups
+    )
 
 
 def _dgrad_fake(dy, values, meta, input_shape, weight_shape, stride, padding, dilation, groups, *_):
@@ -147,10 +137,9 @@ def _wgrad(
     dilation: Sequence[int], groups: int, keep: int, group: int,
 ) -> Tensor:  # fmt: skip
     w = _packed(values, meta, weight_shape, (keep, group))
-    with _plain(dy.device):
-        return implementation("conv2d_24_wgrad", dy.device)(
-            dy, x, w, weight_shape, stride, padding, dilation, groups
-        )
+    return implementation("conv2d_24_wgrad", dy.device)(
+        dy, x, w, weight_shape, stride, padding, dilation, groups
+    )
 
 
 def _wgrad_fake(dy, x, values, meta, weight_shape, stride, padding, dilation, groups, *_):
