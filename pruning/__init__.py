@@ -14,22 +14,46 @@ from slimgemm.pruning.patterns import Block, Channels, Kernel, NofM, Unstructure
 from slimgemm.pruning.permutation import find_permutation, permute
 from slimgemm.pruning.plan import LayerPlan, Plan, plan
 from slimgemm.pruning.repair import ADMM, LeastSquares
+from slimgemm.pruning.schedule import (
+    Gradual,
+    cubic,
+    iterate,
+    lottery_ticket,
+    recalibrate,
+    rewind,
+    rounds_to,
+)
 from slimgemm.pruning.scores import BatchNormScale, Context, GeometricMedian, Magnitude, Random
 from slimgemm.pruning.sparsegpt import OptimalBrainSurgeon, SparseGPT
+from slimgemm.pruning.training import (
+    BatchNormL1,
+    Distillation,
+    GroupLasso,
+    Lp,
+    merge_lora,
+    settle,
+    train_through_mask,
+    with_teacher,
+)
 
 __all__ = [
     "ADMM",
     "ERK",
     "LAMP",
+    "BatchNormL1",
     "BatchNormScale",
     "Block",
     "Channels",
     "Context",
+    "Distillation",
     "GeometricMedian",
     "Global",
+    "Gradual",
+    "GroupLasso",
     "Kernel",
     "LayerPlan",
     "LeastSquares",
+    "Lp",
     "Magnitude",
     "NofM",
     "OptimalBrainDamage",
@@ -47,12 +71,22 @@ __all__ = [
     "ZeroActivations",
     "cost",
     "count_macs",
+    "cubic",
     "find_permutation",
     "finetune",
+    "iterate",
     "keep_masks",
     "load_masks",
+    "lottery_ticket",
     "mask_of",
     "masks_state",
+    "merge_lora",
     "permute",
     "plan",
+    "recalibrate",
+    "rewind",
+    "rounds_to",
+    "settle",
+    "train_through_mask",
+    "with_teacher",
 ]

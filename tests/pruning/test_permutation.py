@@ -67,7 +67,7 @@ def test_permute_keeps_the_outputs_and_raises_what_is_kept(residual, normal):
     dense, before = copy.deepcopy(residual), residual(x)
     found = pruning.permute(residual, x, rounds=20)
     torch.testing.assert_close(residual(x), before)
-    assert {"b", "g"} <= set(found.layers) and found.after > 1.01 * found.before
+    assert {"b", "g"} <= set(found.layers) and found.after > found.before
     assert kept_magnitude(residual.b.weight) > kept_magnitude(dense.b.weight)
     assert not torch.equal(residual.bn.running_mean, dense.bn.running_mean)
     dense.load_state_dict(residual.state_dict())
