@@ -201,7 +201,7 @@ def conv2d_24_dgrad(
         w: packed weight of the same dtype and device.
         weight_shape, stride, padding, dilation, groups: as conv2d_24.
         input_shape: (B, C * groups, H, W) of x.
-        tile, split: tile (its k owns channels, its n is walked) and number of parts of the sum.
+        tile, split: tile (n counts channels, k out channels) and number of parts of the sum.
     Returns:
         [B, C * groups, H, W], dtype of `dy`; channels_last if `dy` is, else contiguous.
     Raises:
@@ -216,14 +216,14 @@ def conv2d_24_dgrad(
     classes = [min(s, size) for s, size in zip(conv.stride, (height, width), strict=True)]
     pixels = batch * triton.cdiv(height, conv.stride[0]) * triton.cdiv(width, conv.stride[1])
     n = conv.out // groups
-    tile = tile or conv_tile(pixels, n, multiply_adds(dy.dtype, dy.device))
+    tile = tile or conv_tile(pixels, conv.channels, multiply_adds(dy.dtype, dy.device))
     tiles_m = triton.cdiv(pixels, tile.m)
-    programs = tiles_m * triton.cdiv(conv.channels, tile.k) * groups * classes[0] * classes[1]
+    programs = tiles_m * triton.cdiv(conv.channels, tile.n) * groups * classes[0] * classes[1]
     reach = [
         (*period_and_inverse(s, d), k)
         for s, d, k in zip(conv.stride, conv.dilation, conv.kernel, strict=True)
     ]
-    steps = math.prod(triton.cdiv(k, period) for period, _, k in reach) * triton.cdiv(n, tile.n)
+    steps = math.prod(triton.cdiv(k, period) for period, _, k in reach) * triton.cdiv(n, tile.k)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
     dx, target, strides = new_images(dy, conv.channels * groups, (height, width), split)
     if dx.numel() == 0:
@@ -237,7 +237,8 @@ def conv2d_24_dgrad(
         *dy.stride(), *strides,
         KEEP=w.keep, GROUP=w.group, PRECISION=conv_precision(dy.dtype),
         INDEX=index_type(pixels, tile.m),
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        # The forward's sum runs over the tile's k; this one runs over N.
+        BLOCK_M=tile.m, BLOCK_N=tile.k, BLOCK_K=tile.n,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx if split == 1 else add_images(target, dx)
