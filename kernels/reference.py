@@ -6,6 +6,7 @@ They define what a kernel must compute, and they are what a CPU runs.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,9 @@ def _pack(w: Tensor, keep: int, group: int, prune: bool) -> Packed24:
     check_pattern(keep, group)
     n, k = w.shape
     (_, stored), (_, columns) = packed_shapes(n, k, keep, group)
-    groups = F.pad(w.detach(), (0, columns * BYTE_WEIGHTS - k)).view(n, -1, group)
+    groups = F.pad(w.detach(), (0, columns * BYTE_WEIGHTS - k)).view(
+        n, columns * BYTE_WEIGHTS // group, group
+    )
     kept = _kept_mask(groups, keep, group)
     if not prune:
         bad = ((groups != 0) & ~kept).any(-1).reshape(-1)
@@ -123,7 +126,7 @@ def unpack_24_ref(packed: Packed24) -> Tensor:
     positions = _positions(meta, keep, group)
     lanes = values.new_zeros(positions.shape[0], BYTE_WEIGHTS)
     dense = lanes.scatter_(1, positions, values.reshape(-1, values_per_byte(keep, group)))
-    return dense.view(values.shape[0], -1)[:, :k]
+    return dense.view(values.shape[0], meta.shape[1] * BYTE_WEIGHTS)[:, :k]
 
 
 def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
@@ -134,6 +137,43 @@ def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
     return padded.reshape(-1, BYTE_WEIGHTS).gather(1, positions).view(packed.values.shape)
 
 
+def check_product(name: str, x: Tensor, columns: int, w: Packed24) -> None:
+    """Raise ValueError unless `x` [..., columns] can meet `w` in one product. Reads no element."""
+    check_shapes(w)
+    if x.ndim < 1 or x.shape[-1] != columns:
+        raise ValueError(
+            f"{name} must be [..., {columns}] for a {list(w.shape)} weight, got {list(x.shape)}"
+        )
+    if w.values.dtype != x.dtype or w.values.device != x.device:
+        raise ValueError(
+            f"{name} must be {w.values.dtype} on {w.values.device} as the weight, "
+            f"got {x.dtype} on {x.device}"
+        )
+
+
+def check_same_rows(dy: Tensor, x: Tensor) -> None:
+    """Raise ValueError unless `dy` and `x` have the same leading shape."""
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"dy and x must have the same leading shape, got {list(dy.shape)} and {list(x.shape)}"
+        )
+
+
+def check_epilogue_ref(
+    n: int, x: Tensor, bias: Tensor | None, scale: Tensor | None, act: str
+) -> None:
+    """Raise ValueError unless bias and scale are floating [n] beside `x`, and `act` is known."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    for name, t in (("bias", bias), ("scale", scale)):
+        if t is None:
+            continue
+        if t.shape != (n,) or not t.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating [{n}], got {t.dtype} {list(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x, got {t.device}")
+
+
 def spmm_24_ref(
     x: Tensor,
     w: Packed24,
@@ -142,7 +182,11 @@ def spmm_24_ref(
     act: str = "none",
 ) -> Tensor:
     """Twin of spmm_24: act((x @ dense(w).T) * scale + bias), x [..., k] -> [..., N]."""
+    n, k = w.shape
+    check_product("x", x, k, w)
+    check_epilogue_ref(n, x, bias, scale, act)
     dense = unpack_24_ref(w)
+    bias = None if bias is None else bias.to(x.dtype)
     if scale is None:
         return activate(F.linear(x, dense, bias), act)
     z = F.linear(x, dense) * scale.to(x.dtype)
@@ -151,12 +195,17 @@ def spmm_24_ref(
 
 def spmm_24_dgrad_ref(dy: Tensor, w: Packed24) -> Tensor:
     """Twin of spmm_24_dgrad: dy [..., N] @ dense(w) -> [..., k]."""
+    check_product("dy", dy, w.shape[0], w)
     return dy @ unpack_24_ref(w)
 
 
 def spmm_24_wgrad_ref(dy: Tensor, x: Tensor, w: Packed24) -> Tensor:
     """Twin of spmm_24_wgrad: (dy.T @ x) at the kept positions of `w`, [N, stored]."""
-    dw = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    check_product("dy", dy, w.shape[0], w)
+    check_product("x", x, w.k, w)
+    check_same_rows(dy, x)
+    rows = math.prod(dy.shape[:-1])  # said, since a reshape to -1 rows fails with no columns
+    dw = dy.reshape(rows, dy.shape[-1]).t() @ x.reshape(rows, x.shape[-1])
     return gather_24_ref(dw, w)
 
 

@@ -27,8 +27,8 @@ from slimgemm.kernels.device import (
     multiprocessors,
     row_offsets,
 )
-from slimgemm.kernels.formats import Packed24, check_shapes
-from slimgemm.kernels.reference import ACTIVATIONS
+from slimgemm.kernels.formats import Packed24
+from slimgemm.kernels.reference import ACTIVATIONS, check_product
 
 
 @triton.jit
@@ -136,18 +136,8 @@ def check_epilogue(n: int, x: Tensor, bias: Tensor | None, scale: Tensor | None,
 
 def check_pair(name: str, x: Tensor, columns: int, packed: Packed24) -> None:
     """Raise ValueError unless `x` [..., columns] can meet `packed` in one product."""
-    check_shapes(packed)
     check_operand(name, x)
-    if x.ndim < 1 or x.shape[-1] != columns:
-        raise ValueError(
-            f"{name} must be [..., {columns}] for a {list(packed.shape)} weight, "
-            f"got {list(x.shape)}"
-        )
-    if packed.values.dtype != x.dtype or packed.values.device != x.device:
-        raise ValueError(
-            f"{name} must be {packed.values.dtype} on {packed.values.device} as the weight, "
-            f"got {x.dtype} on {x.device}"
-        )
+    check_product(name, x, columns, packed)
 
 
 def spmm_24(

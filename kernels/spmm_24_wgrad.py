@@ -24,6 +24,7 @@ from slimgemm.kernels.device import (
     store_kept,
 )
 from slimgemm.kernels.formats import Packed24
+from slimgemm.kernels.reference import check_same_rows
 from slimgemm.kernels.spmm_24 import add_parts, check_pair
 
 
@@ -61,6 +62,8 @@ def _spmm_24_wgrad_kernel(
         )
         acc = dot(dy_t, x, acc, PRECISION)
 
+    # A NaN or Inf in dy times the zero read past K is NaN, and the padding of values holds +0.0.
+    acc = tl.where((offs_k < K)[None, :], acc, 0.0)
     dv_ptr += part.to(tl.int64) * N * (columns * STORED)
     store_kept(
         dv_ptr, m_ptr, acc, offs_n, pid_k * (BLOCK_K // 8), N, columns,
@@ -88,10 +91,7 @@ def spmm_24_wgrad(
     n, k = w.shape
     check_pair("dy", dy, n, w)
     check_pair("x", x, k, w)
-    if dy.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"dy and x must have the same leading shape, got {list(dy.shape)} and {list(x.shape)}"
-        )
+    check_same_rows(dy, x)
     rows_y, rows_x = as_rows(dy), as_rows(x)
     dvalues = torch.empty_like(w.values)
     if dvalues.numel() == 0:
