@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from slimgemm.kernels.dispatch import implementation
-from slimgemm.kernels.formats import Packed24, packed_shapes
-from slimgemm.kernels.reference import gather_24_ref
+from slimgemm.kernels.formats import Packed24, check_pattern, check_shapes, packed_shapes
+from slimgemm.kernels.reference import (
+    check_dense,
+    check_epilogue_ref,
+    check_product,
+    check_same_rows,
+    gather_24_ref,
+)
 
 LIBRARY = torch.library.Library("slimgemm", "FRAGMENT")
 PATTERN = "int k, int keep, int group"
@@ -24,7 +30,16 @@ def define(schema: str, forward: Any, fake: Any) -> Any:
     """Register one operator for every device, and its fake; returns the callable operator."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+
+    def run(*args: Any) -> Any:
+        # The twins are torch operators, which autocast would cast once more.
+        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return forward(*args)
+        with torch.autocast(kind, enabled=False):
+            return forward(*args)
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"slimgemm::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.slimgemm, name).default
 
@@ -51,7 +66,7 @@ def act_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:
 
 def sum_rows(t: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., N] -> [N] in `dtype`, summed over all leading axes."""
-    return t.reshape(-1, t.shape[-1]).sum(0).to(dtype)
+    return (t.sum(tuple(range(t.ndim - 1))) if t.ndim > 1 else t).to(dtype)
 
 
 # ---- spmm_24: act((x @ dense(w).T) * scale + bias)
@@ -64,10 +79,8 @@ def _spmm(
 
 
 def _spmm_fake(x, values, meta, bias, scale, k, keep, group, act):
-    if x.shape[-1] != k or x.dtype != values.dtype:
-        raise ValueError(
-            f"x must be {values.dtype} [..., {k}] for this weight, got {x.dtype} {list(x.shape)}"
-        )
+    check_product("x", x, k, Packed24(values, meta, k, keep, group))
+    check_epilogue_ref(values.shape[0], x, bias, scale, act)
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
@@ -114,6 +127,7 @@ def _dgrad(dy: Tensor, values: Tensor, meta: Tensor, k: int, keep: int, group: i
 
 
 def _dgrad_fake(dy, values, meta, k, keep, group):
+    check_product("dy", dy, values.shape[0], Packed24(values, meta, k, keep, group))
     return dy.new_empty(*dy.shape[:-1], k)
 
 
@@ -148,6 +162,10 @@ def _wgrad(
 
 
 def _wgrad_fake(dy, x, values, meta, k, keep, group):
+    w = Packed24(values, meta, k, keep, group)
+    check_product("dy", dy, values.shape[0], w)
+    check_product("x", x, k, w)
+    check_same_rows(dy, x)
     return torch.empty_like(values)
 
 
@@ -209,6 +227,7 @@ def _unpack(values: Tensor, meta: Tensor, k: int, keep: int, group: int) -> Tens
 
 
 def _unpack_fake(values, meta, k, keep, group):
+    check_shapes(Packed24(values, meta, k, keep, group))
     return values.new_empty(values.shape[0], k)
 
 
@@ -241,6 +260,8 @@ def _prune(w: Tensor, keep: int, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _pack_fake(w, keep, group):
+    check_dense(w)
+    check_pattern(keep, group)
     values, meta = packed_shapes(w.shape[0], w.shape[1], keep, group)
     return w.new_empty(values), w.new_empty(meta, dtype=torch.uint8)
 
