@@ -7,21 +7,49 @@ not prune: `from_dense` refuses a weight that is not already keep:group.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slimgemm.kernels.formats import Packed24, check, check_pattern, packed_shapes
+from slimgemm.kernels.formats import (
+    BYTE_WEIGHTS,
+    Packed24,
+    check,
+    check_pattern,
+    packed_shapes,
+    position_table,
+)
 from slimgemm.sparse_ops import library
 
 
 def autocast_to(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """`x` and `tensors` in autocast's dtype where autocast is on for the device of `x`."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    kind = x.device.type  # "meta" has no autocast, and asking whether it is on raises
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return (x, *tensors)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+    dtype = torch.get_autocast_dtype(kind)
+    # As torch's own autocast: float64 and integers stay.
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *tensors)
+    )
+
+
+def check_padding(packed: Packed24) -> None:
+    """Raise ValueError if a value is stored past the last column, where the format has +0.0."""
+    columns = packed.meta.shape[1]
+    if packed.k == columns * BYTE_WEIGHTS:
+        return
+    positions = position_table(packed.keep, packed.group)[packed.meta[:, -1:].cpu().int()]
+    past = (columns - 1) * BYTE_WEIGHTS + positions.flatten(1) >= packed.k
+    last = packed.values.detach()[:, -positions.shape[-1] :].cpu()
+    lost = int((past & (last != 0)).sum())
+    if lost:
+        raise ValueError(
+            f"{lost} values lie past column {packed.k}: the weight is wider than the "
+            f"{list(packed.shape)} of this module"
+        )
 
 
 class PackedModule(nn.Module):
@@ -29,6 +57,9 @@ class PackedModule(nn.Module):
 
     State dict: `values` (a parameter), `meta` (uint8, a buffer), and `bias` where there is one.
     """
+
+    # What the constructor sets beside the attributes of the dense module; decompress drops them.
+    own_attributes: ClassVar[tuple[str, ...]] = ("keep", "group", "_packed_k")
 
     values: nn.Parameter
     meta: Tensor
@@ -56,6 +87,7 @@ class PackedModule(nn.Module):
                 f"packed weight must be {list(self.packed.shape)} at {self.keep}:{self.group}, "
                 f"got {list(packed.shape)} at {packed.keep}:{packed.group}"
             )
+        check(packed)
         self.values = nn.Parameter(packed.values.detach(), self.values.requires_grad)
         self.meta = packed.meta
 
@@ -65,7 +97,9 @@ class PackedModule(nn.Module):
         meta, values = (state_dict.get(prefix + key) for key in ("meta", "values"))
         if isinstance(meta, Tensor) and isinstance(values, Tensor) and not meta.is_meta:
             try:
-                check(Packed24(values, meta, *self.packed[2:]))
+                packed = Packed24(values, meta, *self.packed[2:])
+                check(packed)
+                check_padding(packed)
             except ValueError as error:
                 # As torch does for a shape that differs: keep what the module has, and say why.
                 error_msgs.append(f"{prefix or 'the module'}: {error}")
@@ -90,6 +124,10 @@ class SparseLinear24(PackedModule):
     A new module holds nn.Linear's initial weights, pruned by magnitude. State dict: `values`
     [out, ceil(in/8)*8*keep/group], `meta` uint8 [out, ceil(in/8)], `bias` [out]; format in
     slimgemm.kernels.formats.
+
+    torch.export takes a model that holds one. Of a program whose root is one, torch (2.13) cannot
+    make a `.module()`: its GraphModule has an attribute `meta` of its own; wrap the layer in
+    nn.Sequential. torch.func.grad stops at operators of torch.library; autograd does not.
     """
 
     def __init__(
