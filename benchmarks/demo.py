@@ -132,7 +132,8 @@ def run(settings: Settings, console: Console) -> Result:
     job = Job(data, settings.device, epochs, -(-epochs // 2), models)
     console.print(
         f"{data.name}: {len(data.train_y)} training and {len(data.test_y)} test images, "
-        f"{data.image[0]} x {data.image[1]} pixels; {settings.seeds} seeds; on {job.device}",
+        f"{data.image[0]} x {data.image[1]} pixels; "
+        f"{settings.seeds} seed{'s' * (settings.seeds > 1)}; on {job.device}",
         highlight=False,
     )
     gpu = settings.device.type == "cuda"
@@ -201,7 +202,7 @@ def judge(runs: Sequence[SeedRun]) -> list[Check]:
             Check(
                 f"{what} fine-tuned within {MAX_DROP:g} point{'s' * (MAX_DROP != 1)} of dense",
                 drop <= MAX_DROP + 1e-9,  # the mean of rounded percentages may miss by a bit
-                f"mean change {-drop:+.2f} points over {len(runs)} seeds",
+                f"mean change {-drop:+.2f} points over {len(runs)} seed{'s' * (len(runs) > 1)}",
             )
         )
     bad = [run for run in runs if not run.verified]

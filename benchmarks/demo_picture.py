@@ -42,6 +42,7 @@ def draw(result: Result, path: Path) -> None:
     """Write the picture as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(12, 7.2), dpi=110)
     FigureCanvasAgg(figure)
@@ -53,8 +54,9 @@ def draw(result: Result, path: Path) -> None:
     curve(accuracy, result, "accuracy", "test accuracy, %", ".1f")
     curve(loss, result, "loss", "test cross entropy, nats", ".3f")
     loss.set_yscale("log")
-    for formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        formatter("{x:g}")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
     accuracy.legend(loc="lower right", title="last epoch", alignment="left")
     loss.legend(loc="upper right", title="last epoch", alignment="left")
     seeds = len(result.runs)

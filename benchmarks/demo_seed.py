@@ -151,18 +151,20 @@ def _train(
     """Train with a progress bar; `options` go to demo_train.train."""
     curve: list[Score] = []
     options.setdefault("rate", RATE)
-    with steps.loop(f"seed {run.seed}  {name}, {epochs} epochs", epochs) as loop:
-        rounds: Iterator[Score] = demo_train.train(
+    rounds = demo_train.steps(job.data, epochs)
+    with steps.loop(f"seed {run.seed}  {name}, {epochs} epochs", rounds) as loop:
+        scores: Iterator[Score] = demo_train.train(
             model,
             job.data,
             epochs=epochs,
             seed=run.seed,
             device=job.device,
+            tick=loop.step,
             **options,
         )
-        for found in rounds:
+        for found in scores:
             curve.append(found)
-            loop.step(f"{found.accuracy:.1f} %")
+            loop.note = f"{found.accuracy:.1f} %"
         loop.result = f"accuracy {curve[-1].accuracy:6.2f} %"
     return curve
 

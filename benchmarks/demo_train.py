@@ -80,6 +80,11 @@ def evaluate(model: nn.Module, data: Digits, device: torch.device) -> Score:
     return score(logits(model, data.test_x, device), data.test_y)
 
 
+def steps(data: Digits, epochs: int) -> int:
+    """Optimizer steps in this many epochs."""
+    return epochs * -(-len(data.train_y) // BATCH)
+
+
 def train(
     model: nn.Module,
     data: Digits,
@@ -89,6 +94,7 @@ def train(
     seed: int,
     device: torch.device,
     masked: bool = False,
+    tick: Callable[[], object] = lambda: None,
 ) -> Iterator[Score]:
     """Train in place with Adam and a cosine schedule; yields the test score after each epoch.
 
@@ -96,13 +102,13 @@ def train(
         rate: learning rate of the first step; the last one is near 0.
         seed: of the order of the images.
         masked: keep the dropped weights of an applied plan at zero.
+        tick: called after each of the `steps(data, epochs)` optimizer steps.
     """
     optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     if masked:
         optimizer = pruning.keep_masks(optimizer, model)
     generator = torch.Generator().manual_seed(seed)
-    steps = epochs * -(-len(data.train_y) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps(data, epochs))
     images, labels = data.train_x.to(device), data.train_y.to(device)
     for _ in range(epochs):
         model.train()
@@ -112,6 +118,7 @@ def train(
             loss.backward()
             optimizer.step()
             schedule.step()
+            tick()
         yield evaluate(model, data, device)
 
 

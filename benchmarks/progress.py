@@ -31,11 +31,13 @@ class Loop:
         self.done = 0
         self.said = time.monotonic()
         self.result = ""
+        self.note = ""
         self.task = steps.bars.add_task(name, total=total)
 
     def step(self, note: str = "") -> None:
-        """One round is done; `note` is shown beside the bar."""
+        """One round is done; `note` is shown beside the bar until the next one."""
         self.done += 1
+        note = self.note = note or self.note
         self.steps.bars.update(self.task, advance=1, description=f"{self.name}  {note}".rstrip())
         self.steps.draw()
         now = time.monotonic()
