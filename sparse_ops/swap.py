@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from slimgemm.kernels.formats import check, check_pattern
 from slimgemm.sparse_ops.linear import SparseLinear24
 from slimgemm.sparse_ops.report import as_table
 
@@ -82,9 +83,13 @@ def modules_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give `new` the hooks, mode and user attributes of `old`; hook handles keep working."""
+    """Give `new` the hooks, mode and user attributes of `old`; hook handles keep working.
+
+    What the class of `old` sets itself (its `own_attributes`) stays behind.
+    """
+    own = getattr(old, "own_attributes", ())
     for name, value in old.__dict__.items():
-        if name in HOOKS or name not in new.__dict__:
+        if name in HOOKS or (name not in new.__dict__ and name not in own):
             new.__dict__[name] = value
     new.training = old.training
     return new
@@ -122,21 +127,38 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 def seen_inputs(
     model: nn.Module, layers: list[nn.Module], example_inputs: Any
 ) -> dict[nn.Module, Tensor]:
-    """The first input of each layer whose forward runs in one pass of the model."""
+    """The first input of each layer whose forward runs in one pass of the model.
+
+    It watches by a wrapped forward and not by a hook: where a module has a hook,
+    nn.TransformerEncoderLayer calls layers whose weights its fast path reads without them.
+    """
     seen: dict[nn.Module, Tensor] = {}
-
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
-            seen.setdefault(module, inputs[0].detach())
-
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    before = {layer: layer.__dict__.get("forward") for layer in layers}
     try:
+        for layer in layers:
+            layer.__dict__["forward"] = _noting(layer, layer.forward, seen)
         with evaluating(model):
             call(model, example_inputs)
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer, forward in before.items():
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.__dict__["forward"] = forward
     return seen
+
+
+def _noting(
+    module: nn.Module, forward: Callable[..., Any], seen: dict[nn.Module, Tensor]
+) -> Callable[..., Any]:
+    """`forward` of `module`, its first input noted in `seen`."""
+
+    def noting(*inputs: Any, **named: Any) -> Any:
+        first = next(iter((*inputs, *named.values())), None)
+        if isinstance(first, Tensor):
+            seen.setdefault(module, first.detach())
+        return forward(*inputs, **named)
+
+    return noting
 
 
 def refusal(module: nn.Module, holders: list[str], seen: dict[nn.Module, Tensor] | None) -> str:
@@ -145,10 +167,18 @@ def refusal(module: nn.Module, holders: list[str], seen: dict[nn.Module, Tensor]
     Args:
         holders: modules that hold the same weight and have no packed twin.
     """
-    if type(module) not in CONVERTERS:
-        return f"its class {type(module).__name__} is a subclass with a behaviour of its own"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
+    if type(module) not in CONVERTERS:
+        return f"its class {type(module).__name__} is a subclass with a behaviour of its own"
+    held = {*module._parameters, *module._buffers, *module._modules}
+    others = ", ".join(sorted(held - {"weight", "bias"}))
+    if "weight" not in module._parameters:
+        return f"its weight is computed from {others}; remove that first"
+    if others:
+        return f"it also holds {others}, which would be lost"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on this layer alone"
     if holders:
         return f"its weight is shared with {', '.join(holders)}, which needs it dense"
     if seen is not None and module not in seen:
@@ -208,8 +238,14 @@ def compress(
     Returns:
         A report with every linear and convolution, and the reason where one was left dense.
     Raises:
-        ValueError: `ignore` names no layer of the model, or the pattern is unknown.
+        ValueError: `ignore` names no layer of the model, the pattern is unknown, or the model is
+            itself a layer to swap, which cannot be done in place.
     """
+    check_pattern(keep, group)
+    if type(model) in CONVERTERS:
+        raise ValueError(
+            f"the model is itself a {type(model).__name__}; use from_dense of its packed class"
+        )
     classes = tuple(CONVERTERS)
     found = {m: names for m, names in modules_with_names(model).items() if isinstance(m, classes)}
     unknown = set(ignore) - {name for names in found.values() for name in names}
@@ -287,14 +323,24 @@ def decompress(model: nn.Module) -> nn.Module:
     """The inverse of compress, in place: packed modules become the dense layers they pack.
 
     Names, hooks, train/eval state, device, requires_grad and shared weights stay as they are.
+
+    Raises:
+        ValueError: metadata is damaged, or the model is itself a packed layer.
     """
+    if hasattr(model, "to_dense"):
+        raise ValueError(f"the model is itself a {type(model).__name__}; use its to_dense")
     weights: dict[int, nn.Parameter] = {}
+    swaps: list[tuple[list[str], nn.Module]] = []
     for module, names in modules_with_names(model).items():
         to_dense = getattr(module, "to_dense", None)
         if to_dense is None:
             continue
+        if hasattr(module, "packed"):
+            check(module.packed)
         dense = to_dense()
         key = id(module.values) if hasattr(module, "values") else id(module.weight)
         dense.weight = weights.setdefault(key, dense.weight)
-        replace(model, names, carry_over(module, dense))
+        swaps.append((names, carry_over(module, dense)))
+    for names, dense in swaps:
+        replace(model, names, dense)
     return model
