@@ -13,6 +13,7 @@ from slimgemm.pruning.masks import PackedMask, keep_masks, load_masks, mask_of, 
 from slimgemm.pruning.patterns import Block, Channels, Kernel, NofM, Unstructured, Vector
 from slimgemm.pruning.permutation import find_permutation, permute
 from slimgemm.pruning.plan import LayerPlan, Plan, plan
+from slimgemm.pruning.reconstruction import Reconstruction
 from slimgemm.pruning.repair import ADMM, LeastSquares
 from slimgemm.pruning.schedule import (
     Gradual,
@@ -62,6 +63,7 @@ __all__ = [
     "PerLayer",
     "Plan",
     "Random",
+    "Reconstruction",
     "SparseGPT",
     "Taylor",
     "Uniform",

@@ -40,6 +40,7 @@ class Surgery:
         readers: weight name -> positions on axis 1 whose weights are zero in the proof.
         digests: name of a parameter or buffer -> sha256 when planned.
         example_inputs: what the proof runs.
+        weights: weight name -> new weight of a reader before it is cut, zero where it is dropped.
     """
 
     slices: Mapping[tuple[str, int], Tensor]
@@ -48,6 +49,7 @@ class Surgery:
     readers: Mapping[str, Tensor]
     digests: Mapping[str, str]
     example_inputs: Inputs = field(repr=False)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def pinned_by(
@@ -299,7 +301,7 @@ def _zeroed_outputs(model: nn.Module, surgery: Surgery, inputs: Inputs) -> list[
     saved = {name: _tensor(model, name).data for name in surgery.readers}
     try:
         for name, columns in surgery.readers.items():
-            weight = saved[name].clone()
+            weight = surgery.weights.get(name, saved[name]).clone().to(saved[name].device)
             weight[:, columns.to(weight.device)] = 0
             _tensor(model, name).data = weight
         with evaluating(model), torch.no_grad():
@@ -354,6 +356,9 @@ def _shrink(model: nn.Module, surgery: Surgery) -> None:
         for name in {*surgery.kept_in, *surgery.kept_out}
         if (mask := mask_of(model.get_submodule(name))) is not None
     }
+    for name, weight in surgery.weights.items():
+        tensor = _tensor(model, name)
+        tensor.data = weight.to(tensor.device)
     for (name, axis), kept in surgery.slices.items():
         tensor = _tensor(model, name)
         tensor.data = tensor.data.index_select(axis, kept.to(tensor.device))

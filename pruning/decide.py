@@ -85,26 +85,46 @@ def decide(request: Request) -> dict[str, Part]:
         if request.amount.reads_scores:
             return _all_at_once_with_inputs(request)
         return _streamed(request)
-    scores = {
-        layer.name: scored(layer, request.score, request.contexts[layer.name])
-        for layer in request.layers
-    }
-    drops = drops_of(request, scores)
-    return {
-        name: Part(mask=pack_mask(request.pattern.mask(found, drops[name]).cpu()))
-        for name, found in scores.items()
-    }
+    return _cut_masks(request, scores_of_all(request))
 
 
-def statistics_of_all(request: Request) -> dict[str, Context]:
-    """Contexts with statistics of the dense model, one group of layers in memory at a time."""
+def scores_of_all(request: Request) -> dict[str, Tensor]:
+    """Layer name -> scores; those of inputs from the dense model, one group in memory at a time."""
+    if request.score.needs != "inputs":
+        return {
+            la.name: scored(la, request.score, request.contexts[la.name]) for la in request.layers
+        }
     assert request.batches is not None
     calibration = Calibration(request.model, request.batches)
-    found = dict(request.contexts)
+    found = {}
     for group in _groups(request):
         statistics = calibration.gather(group, request.score.statistic, _calls(request))
-        for name, value in statistics.items():
-            found[name] = replace(found[name], statistics=value)
+        for layer in group.layers:
+            context = replace(request.contexts[layer.name], statistics=statistics.pop(layer.name))
+            found[layer.name] = scored(layer, request.score, context)
+    return {layer.name: found[layer.name] for layer in request.layers}
+
+
+def refitted(request: Request, readers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer name -> weight fitted to the dense outputs without the dropped columns.
+
+    Args:
+        readers: layer name -> positions on axis 1 that are dropped.
+    """
+    assert request.batches is not None and request.repair is not None
+    calibration = Calibration(request.model, request.batches)
+    found = {}
+    for group in _groups(
+        replace(request, layers=[la for la in request.layers if la.name in readers])
+    ):
+        statistics = calibration.gather(group, Gram, _calls(request))
+        for layer in group.layers:
+            context = replace(request.contexts[layer.name], statistics=statistics.pop(layer.name))
+            mask = torch.ones(layer.weight.shape, dtype=torch.bool, device=layer.weight.device)
+            mask[:, readers[layer.name].to(mask.device)] = False
+            found[layer.name], notes = repaired(request.repair, layer.weight, mask, context)
+            for note in notes:
+                print(note, file=sys.stderr)
     return found
 
 
@@ -114,8 +134,10 @@ def _all_at_once_with_inputs(request: Request) -> dict[str, Part]:
             f"{request.amount} compares the scores of all layers, {request.score} and repairs "
             "decide layer by layer; use Uniform, PerLayer or ERK"
         )
-    contexts = statistics_of_all(request)
-    scores = {la.name: scored(la, request.score, contexts[la.name]) for la in request.layers}
+    return _cut_masks(request, scores_of_all(request))
+
+
+def _cut_masks(request: Request, scores: Mapping[str, Tensor]) -> dict[str, Part]:
     drops = drops_of(request, scores)
     return {
         name: Part(mask=pack_mask(request.pattern.mask(found, drops[name]).cpu()))

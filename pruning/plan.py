@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from slimgemm.pruning import channels, report
 from slimgemm.pruning.allocate import Amount, Uniform
 from slimgemm.pruning.cost import ENERGY, Cost, EnergyTable, LayerCost, count_macs
 from slimgemm.pruning.coupling import Coupling
-from slimgemm.pruning.decide import Part, Repair, Request, decide, statistics_of_all
+from slimgemm.pruning.decide import Part, Repair, Request, decide, refitted, scores_of_all
 from slimgemm.pruning.gradients import GradientScore, mean_gradients
 from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.layers import Layer, check_finite, digest, find_layers
@@ -266,17 +266,18 @@ def _contexts(
 def _channels(
     request: Request, coupling: Coupling, pattern: Channels, example_inputs: Inputs
 ) -> tuple[dict[str, Part], channels.Surgery]:
-    if isinstance(request.score, Solver) or request.repair is not None:
+    if isinstance(request.score, Solver):
         raise ValueError(
-            "Channels cannot be combined with a solver or repair, which keep a layer's shape; use "
-            "another score, and fine-tune afterwards"
+            "Channels cannot be combined with a solver, which keeps a layer's shape; use another "
+            "score, and repair=LeastSquares() for new weights"
         )
-    contexts = request.contexts
-    if request.score.needs == "inputs":
-        contexts = statistics_of_all(request)
-    scores = {la.name: request.score(la.weight, contexts[la.name]) for la in request.layers}
+    scores = scores_of_all(request)
     gone = channels.dropped_roots(coupling, scores, request.score.axis, request.amount, pattern)
     surgery = channels.cut(request.model, coupling, gone, example_inputs)
+    if request.repair is not None:
+        dropped = {name.rpartition(".")[0]: gone for name, gone in surgery.readers.items()}
+        weights = refitted(request, dropped)
+        surgery = replace(surgery, weights={f"{n}.weight": w for n, w in weights.items()})
     return {name: _channel_part(name, surgery, coupling) for name in scores}, surgery
 
 
