@@ -9,10 +9,11 @@ Compilers run in processes of their own: the Triton interpreter replaces `triton
 where TRITON_INTERPRET is set, and a compiler that crashes must not take the caller with it.
 
 Limits that a build is held to:
-- no spills. A thread has at most 255 registers on CUDA (CUDA C++ Programming Guide, "Technical
-  Specifications per Compute Capability", row "Maximum number of 32-bit registers per thread"), a
-  lane 512 vector registers with its accumulators on CDNA3 and CDNA4 (AMD's "Instruction Set
-  Architecture" guides of both, chapter on vector registers).
+- no spills, but for build_compile.PARKED_BYTES outside loops. A thread has at most 255 registers
+  on CUDA (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", row
+  "Maximum number of 32-bit registers per thread"), a lane 512 vector registers with its
+  accumulators on CDNA3 and CDNA4 (AMD's "Instruction Set Architecture" guides of both, chapter on
+  vector registers).
 - shared memory within configs.SMEM_BYTES: the same CUDA table, row "Maximum amount of shared memory
   per thread block"; 64 KiB of LDS on CDNA3 and 160 KiB on CDNA4, same AMD guides.
 """
@@ -134,7 +135,7 @@ def table(reports: Iterable[Report]) -> Any:
     from rich.table import Table
 
     columns = ("op", "kernel", "case", "arch", "dtype")
-    numbers = ("registers", "spills, B", "shared, KiB")
+    numbers = ("registers", "spills, B (in loops)", "shared, KiB")
     made = Table(*columns, *numbers, "tensor cores", "global loads, B")
     for report in reports:
         head = (report.op, report.kernel.strip("_"), report.case, report.arch, report.dtype)
@@ -146,8 +147,9 @@ def table(reports: Iterable[Report]) -> Any:
             ", ".join(f"{count} x {name}" for name, count in sorted(found.items())) or "-"
             for found in (report.tensor_core, report.loads)
         ]
-        facts = (report.registers, report.spill_bytes, f"{report.smem_bytes / 1024:.1f}", *counts)
-        made.add_row(*head, *map(str, facts), style="" if report.sound else "red")
+        spills = f"{report.spill_bytes} ({report.loop_spills})" if report.spill_bytes else "0"
+        facts = (str(report.registers), spills, f"{report.smem_bytes / 1024:.1f}", *counts)
+        made.add_row(*head, *facts, style="" if report.sound else "red")
     return made
 
 

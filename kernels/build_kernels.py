@@ -21,6 +21,7 @@ from slimgemm.kernels.build_operands import (
     ALIGNED,
     CHANNELS,
     KERNEL,
+    NO_TENSOR_CORES,
     RAGGED,
     image,
     kept,
@@ -28,9 +29,13 @@ from slimgemm.kernels.build_operands import (
     operand,
     packed_operand,
     tile_label,
+    without_tensor_cores,
 )
 from slimgemm.kernels.configs import SPMM_24_TILES, SPMM_24_WGRAD_TILE, Tile
 from slimgemm.kernels.formats import PATTERNS
+from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES
+from slimgemm.kernels.gluon.orders import to_mma_sp
+from slimgemm.kernels.reference import prune_24_ref
 
 DTYPES = {
     "fp16": torch.float16,
@@ -46,9 +51,6 @@ UNSUPPORTED = {
     ("gfx950", "tf32"): "CDNA4 has no xf32 instructions; use fp32",
 }
 
-# Architectures on which Triton multiplies without tensor cores: correct, and slow.
-NO_TENSOR_CORES = {"sm_75": "Triton 3.6 to 3.9 emit no Turing mma; tl.dot is multiply-adds"}
-
 Launch = Callable[[], Any]
 Cases = Callable[[torch.dtype, str], Iterator[tuple[str, Launch]]]
 
@@ -61,12 +63,15 @@ class Op(NamedTuple):
         dtypes: keys of DTYPES that the op is built for.
         product: True if tensor cores do the work.
         archs: the only architectures that run it; empty for all.
+        kernel: name of the one kernel of an op whose launcher asks the GPU what it is: its cases
+            compile that kernel themselves and return it. Empty for all others.
     """
 
     cases: Cases
     dtypes: tuple[str, ...]
     product: bool
     archs: tuple[str, ...] = ()
+    kernel: str = ""
 
 
 def _pack_24(dtype: torch.dtype, arch: str, file: str = "pack_24", name: str = "pack_24"):
@@ -129,11 +134,6 @@ def _spmm_24_wgrad(dtype: torch.dtype, arch: str):
         yield tile_label(tile) + suffix, launch
 
 
-def _without_tensor_cores(arch: str, tile: Callable[[], Tile]) -> Tile | None:
-    """`tile()` where tl.dot is multiply-adds, which a launcher sees on the GPU; else None."""
-    return tile() if arch in NO_TENSOR_CORES else None
-
-
 def _gemm_channels(dtype: torch.dtype, arch: str):
     """Every tile, each way to address channels, split over K, and the transposed weight of a dX."""
     file = importlib.import_module("slimgemm.kernels.gemm_channels")
@@ -145,7 +145,7 @@ def _gemm_channels(dtype: torch.dtype, arch: str):
         w = operand(k, n, dtype=dtype).t() if turned else operand(n, k, dtype=dtype)
         x, bias = operand(m, width_in, dtype=dtype), operand(n, dtype=dtype)
         slow = operand(0, dtype=torch.float32), "ieee"
-        tile = _without_tensor_cores(
+        tile = without_tensor_cores(
             arch, lambda: file.channels_tile(file.GEMM_CHANNELS_TILES, m, *slow)
         )
         return functools.partial(
@@ -164,7 +164,7 @@ def _gemm_channels(dtype: torch.dtype, arch: str):
 def _gemm_channels_wgrad(dtype: torch.dtype, arch: str):
     file = importlib.import_module("slimgemm.kernels.gemm_channels_wgrad")
     m, n, k = ALIGNED
-    tile = _without_tensor_cores(arch, lambda: file.GEMM_CHANNELS_WGRAD_TILES[True])
+    tile = without_tensor_cores(arch, lambda: file.GEMM_CHANNELS_WGRAD_TILES[True])
     for kind, split in (("runs", 1), ("ragged", 1), ("runs", 4)):
         dy, x = operand(m, n, dtype=dtype), operand(m, k, dtype=dtype)
         launch = functools.partial(
@@ -183,7 +183,7 @@ def _conv2d_channels(dtype: torch.dtype, arch: str, backward: bool = False):
         x, half = image(m, dtype), kept(kind, CHANNELS)
         w = operand(CHANNELS // 2, CHANNELS // 2, *KERNEL, dtype=dtype)
         slow = operand(0, dtype=torch.float32), "ieee"
-        tile = _without_tensor_cores(
+        tile = without_tensor_cores(
             arch, functools.partial(file.channels_tile, file.CONV_CHANNELS_TILES, m, *slow)
         )
         options: dict[str, Any] = {"padding": 1, "tile": tile, "split": split}
@@ -195,15 +195,13 @@ def _conv2d_channels(dtype: torch.dtype, arch: str, backward: bool = False):
         else:
             bias = operand(CHANNELS // 2, dtype=dtype)
             conv = file.conv2d_channels
-            yield (
-                label,
-                functools.partial(conv, x, w, half, half, bias, act="gelu", **options),
-            )
+            launch = functools.partial(conv, x, w, half, half, bias, act="gelu", **options)
+            yield label, launch
 
 
 def _conv2d_channels_wgrad(dtype: torch.dtype, arch: str):
     file = importlib.import_module("slimgemm.kernels.conv_channels_wgrad")
-    tile = _without_tensor_cores(arch, lambda: file.CONV_CHANNELS_WGRAD_TILES[True])
+    tile = without_tensor_cores(arch, lambda: file.CONV_CHANNELS_WGRAD_TILES[True])
     for kind, split in (("runs", 1), ("ragged", 1), ("runs", 4)):
         dy, x, half = image(256, dtype), image(256, dtype), kept(kind, CHANNELS)
         launch = functools.partial(
@@ -256,6 +254,25 @@ def _conv2d_24_wgrad(dtype: torch.dtype, arch: str):
         yield f"out {out}" + (" split" if split > 1 else ""), launch
 
 
+def _spmm_24_mma_sp(dtype: torch.dtype, arch: str):
+    """Every tile of the sparse tensor core kernel with a full epilogue, split, and any strides."""
+    file = importlib.import_module("slimgemm.kernels.gluon.mma_sp")
+    _, n, k = ALIGNED
+
+    def warm(m: int, k: int, splits: int) -> Any:
+        bias, x = operand(n, dtype=dtype), operand(m, k, dtype=dtype)
+        weight = to_mma_sp(prune_24_ref(torch.zeros(n, k, dtype=dtype)))
+        tile = MMA_SP_TILES[m]
+        go = file.prepare(x, weight, bias, bias, "gelu", tile=tile, splits=splits)
+        warmup = file._mma_sp_kernel.warmup
+        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    for m in MMA_SP_TILES:
+        yield f"m {m}", functools.partial(warm, m, k, 1)
+        yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
+        yield f"m {m} split", functools.partial(warm, m, k, 4)
+
+
 OPS = {
     "pack_24": Op(_pack_24, STORED_DTYPES, False),
     "prune_24": Op(
@@ -268,6 +285,7 @@ OPS = {
     "spmm_24": Op(_spmm_24, tuple(DTYPES), True),
     "spmm_24_dgrad": Op(_spmm_24_dgrad, tuple(DTYPES), True),
     "spmm_24_wgrad": Op(_spmm_24_wgrad, tuple(DTYPES), True),
+    "spmm_24_mma_sp": Op(_spmm_24_mma_sp, ("fp16", "bf16"), True, ARCHITECTURES, "_mma_sp_kernel"),
     "conv2d_24": Op(_conv2d_24, tuple(DTYPES), True),
     "conv2d_24_dgrad": Op(functools.partial(_conv2d_24, backward=True), tuple(DTYPES), True),
     "conv2d_24_wgrad": Op(_conv2d_24_wgrad, tuple(DTYPES), True),
