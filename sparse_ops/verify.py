@@ -29,13 +29,13 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All checks; true when every one holds."""
+    """All checks; true when there are some and every one holds."""
 
     checks: list[Check] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+        return bool(self.checks) and all(check.ok for check in self.checks)
 
     @property
     def violations(self) -> list[Check]:
@@ -58,9 +58,10 @@ def verify(model: nn.Module, reference: nn.Module, example_inputs: Any = None) -
             were dropped; same dtype and device.
         example_inputs: as for compress; outputs are compared when given.
     Returns:
-        A report: metadata of every packed weight is valid, every weight equals the reference's
-        exactly, and every output is within the tolerance rule (at most twice the error that the
-        reference makes in its dtype, against float64). Never raises for a difference.
+        A report: metadata of every packed weight is valid, no layer is missing, every parameter
+        and buffer equals the reference's exactly, and every output is within the tolerance rule (at
+        most twice the error that the reference makes in its dtype, against float64). Never raises
+        for a difference.
     """
     checks = [*_weights(model, reference)]
     if example_inputs is not None:
@@ -69,10 +70,13 @@ def verify(model: nn.Module, reference: nn.Module, example_inputs: Any = None) -
 
 
 def _weights(model: nn.Module, reference: nn.Module) -> Iterator[Check]:
-    theirs = dict(reference.named_modules())
+    theirs = dict(reference.named_modules(remove_duplicate=False))
+    mine = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for name, module in theirs.items():
+        if name not in mine and _held(module):
+            yield Check(name, "layer", False, "the model has no layer of this name")
     for name, module in model.named_modules():
-        own = [key for key, value in module._parameters.items() if value is not None]
-        if not own:
+        if not _held(module):
             continue
         if name not in theirs:
             yield Check(name, "layer", False, "the reference has no layer of this name")
@@ -90,9 +94,17 @@ def _weights(model: nn.Module, reference: nn.Module) -> Iterator[Check]:
         yield from _parameters(name, dense, theirs[name], groups)
 
 
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of `module` itself, by name."""
+    both = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return dict(both)
+
+
 def _parameters(name: str, dense: nn.Module, reference: nn.Module, groups: int) -> Iterator[Check]:
-    wanted = dict(reference.named_parameters(recurse=False))
-    for key, value in dense.named_parameters(recurse=False):
+    wanted, held = _held(reference), _held(dense)
+    for key in wanted.keys() - held.keys():
+        yield Check(name, key, False, f"the model has no {key}")
+    for key, value in held.items():
         what = f"{key} {list(value.shape)}"
         if key not in wanted:
             yield Check(name, what, False, f"the reference has no {key}")
