@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimgemm.kernels.formats import ChannelIndex, channel_index
+from slimgemm.kernels.formats import ChannelIndex, channel_index, check
 from slimgemm.sparse_ops.swap import CONVERTERS, carry_over, modules_with_names, replace
 
 FORMAT = "slimgemm"
@@ -54,16 +55,17 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
 
     Args:
         model: packed modules, shrunk layers and dense ones in any mix.
-        folder: must not exist, unless `overwrite`.
+        folder: must not exist, unless `overwrite`, which replaces a checkpoint and nothing else.
     Raises:
-        ValueError: the folder exists, or the state dict holds something that is no tensor.
+        ValueError: the folder exists, packed metadata is damaged, or the state dict holds
+            something that is no tensor, or a tensor without data.
     """
     from safetensors.torch import save_file
 
     target = Path(folder)
-    if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists; choose another folder or pass overwrite=True")
+    _check_target(target, overwrite)
     tensors, aliases = _tensors(model)
+    packed = dict(_packed_entries(model))
     with _beside(target) as work:
         save_file(tensors, work / TENSORS, metadata={"format": FORMAT, "version": str(VERSION)})
         manifest: dict[str, Any] = {
@@ -72,34 +74,55 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
             "tool": f"slimgemm {metadata.version('slimgemm')}, torch {torch.__version__}",
             "tensors": {"file": TENSORS, "sha256": file_digest(work / TENSORS)},
             "aliases": aliases,
-            "packed": dict(_packed_entries(model)),
+            "packed": packed,
             "shrunk": dict(_shrunk_entries(model)),
         }
         manifest["sha256"] = manifest_digest(manifest)
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Raise ValueError unless `target` is free, or a checkpoint that may be replaced."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{target} exists; choose another folder or pass overwrite=True")
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file; choose another folder")
+    others = sorted({path.name for path in target.iterdir()} - {TENSORS, MANIFEST})
+    if others:
+        raise ValueError(
+            f"{target} holds {others[0]}, which is no part of a checkpoint and would be deleted; "
+            "choose another folder"
+        )
+
+
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its name when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    work, old = (target.with_name(f"{target.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    token = secrets.token_hex(4)  # a process id repeats, in containers at once
+    work, old = (target.with_name(f"{target.name}.{token}.{end}") for end in ("new", "old"))
     work.mkdir()
     try:
         yield work
-        if target.exists():
+        replaced = target.exists()
+        if replaced:
             target.rename(old)
-        work.rename(target)
+        try:
+            work.rename(target)
+        except BaseException:
+            if replaced:
+                old.rename(target)
+            raise
         _remove(old)
     finally:
         _remove(work)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.exists():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -107,13 +130,18 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name} in the state dict is a {type(value).__name__}; only tensors can be saved, "
                 "so make it a buffer"
             )
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)
+        if value.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no data to save")
+        # A buffer with the memory of a parameter is stored on its own: the two are no one object.
+        key = (name in parameters, value.data_ptr(), tuple(value.shape), value.stride(),
+               value.dtype, value.device)  # fmt: skip
         if value.numel() and key in first:
             aliases[name] = first[key]
         else:
@@ -125,6 +153,10 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _packed_entries(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     for module, names in modules_with_names(model).items():
         if hasattr(module, "packed"):
+            try:
+                check(module.packed)
+            except ValueError as error:
+                raise ValueError(f"{names[0] or 'the model'}: {error}") from error
             entry = {
                 "class": type(module).__name__,
                 "replaces": _replaced_class(module),
@@ -199,7 +231,7 @@ def load(
         factory: returns the model as it was before pruning; called once. It may build on
             torch.device("meta"), which saves the time of an initialisation.
         folder: written by `save`.
-        device: where the loaded tensors go.
+        device: where the model goes.
     Returns:
         The model with packed and shrunk layers as saved, dtypes as saved, in train mode as
         `factory` left it.
@@ -214,15 +246,30 @@ def load(
     for name, entry in manifest["shrunk"].items():
         _check_shrunk(model, name, entry)
     for names, module in swaps:
-        replace(model, names, module)
+        model = module if names == [""] else model
+        replace(model, [name for name in names if name], module)
     tensors = load_file(Path(folder) / TENSORS, device=str(device))
     for name, entry in manifest["shrunk"].items():
         _shrink(model.get_submodule(name), name, entry, tensors)
     state = tensors | {alias: tensors[name] for alias, name in manifest["aliases"].items()}
     _check_state(model, state, folder)
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit the model: {error}") from error
     _tie(model, manifest["aliases"])
-    return model
+    _check_filled(model)
+    return model.to(device)
+
+
+def _check_filled(model: nn.Module) -> None:
+    """Raise CheckpointError if `model` still holds a tensor without data."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{name} is not in the checkpoint (a non-persistent buffer) and on the meta device "
+                "in the model; let the factory make it on a real device"
+            )
 
 
 def _get(model: nn.Module, name: str) -> nn.Module:
@@ -248,6 +295,9 @@ def _packed_module(
             f"{name} is {list(dense.weight.shape)} in the model, {entry['dense_shape']} in the "
             "checkpoint; load it into the model it was saved from"
         )
+    for other in entry["names"]:
+        if _get(model, other) is not dense:
+            raise CheckpointError(f"{name} and {other} are two layers in the model, one as saved")
     module = twins[entry["class"]].like(dense, keep=entry["keep"], group=entry["group"])
     return entry["names"], carry_over(dense, module)
 
@@ -307,8 +357,14 @@ def _check_state(model: nn.Module, state: dict[str, Tensor], folder: Any) -> Non
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
-    """Make the parameters and buffers that shared memory when saved share it again."""
+    """Make the parameters and buffers that shared memory when saved one object again."""
     for alias, name in aliases.items():
         owner, _, key = name.rpartition(".")
         other, _, other_key = alias.rpartition(".")
-        setattr(model.get_submodule(other), other_key, getattr(model.get_submodule(owner), key))
+        first, second = model.get_submodule(owner), model.get_submodule(other)
+        for mine, theirs in (
+            (first._parameters, second._parameters),
+            (first._buffers, second._buffers),
+        ):
+            if key in mine and other_key in theirs:
+                theirs[other_key] = mine[key]
