@@ -42,6 +42,8 @@ from gluon_tensors import (
     store,
 )
 
+from slimgemm.kernels.gluon.launch import TmaView
+
 
 def namespace(block: Block) -> types.SimpleNamespace:
     """What a kernel sees as `gl`, for one program."""
@@ -63,7 +65,8 @@ def namespace(block: Block) -> types.SimpleNamespace:
         shape = tuple(int(s) for s in shape)
         if layout == "mbarrier":
             return Barriers(shape)
-        alloc = Alloc(math.prod(shape), dtype)
+        # What TMA and wgmma share is kept as bits, whatever its type.
+        alloc = Alloc(math.prod(shape), int16 if isinstance(layout, Swizzled128) else dtype)
         where = np.arange(math.prod(shape)).reshape(shape)
         if isinstance(layout, Swizzled128):
             where, block.arena = where ^ (where // 64 % 8 * 8), alloc
@@ -167,6 +170,10 @@ def names(block: Block) -> dict[str, Any]:
             alloc.state[where] = VALID
         bar.landed = []
 
+    def scalars(*bounds):
+        """`range` of the device: its loop variable is an int32 scalar."""
+        return (Tensor(np.int32(i), int32) for i in range(*map(int, bounds)))
+
     mbarrier = types.SimpleNamespace(
         init=lambda bar, count: bar.init(count), expect=expect, arrive=arrive,
         wait=wait_barrier, MBarrierLayout=lambda: "mbarrier",
@@ -174,7 +181,8 @@ def names(block: Block) -> dict[str, Any]:
     return {
         "barrier": barrier, "cp_async": cp_async, "cp_async_commit": commit,
         "cp_async_wait": wait, "tma_load": tma_load, "mbarrier": mbarrier,
-        "gl": namespace(block),
+        "range": scalars, "gl": namespace(block),
+        "arena_address": lambda arena: Tensor(np.int32(gluon_ptx.SMEM_BASE), int32),
     }  # fmt: skip
 
 
@@ -191,6 +199,13 @@ class Descriptor:
         part = self.matrix[coord[0] : coord[0] + shape[0], coord[1] : coord[1] + shape[1]]
         out[: part.shape[0], : part.shape[1]] = part
         return out
+
+
+def argument(value: Any, name: str) -> Any:
+    """What the kernel sees for one argument of a launch."""
+    if isinstance(value, TmaView):
+        return Descriptor(value.tensor)
+    return Ptr(Buffer(value, name)) if isinstance(value, torch.Tensor) else value
 
 
 def bind(fn: Any, replaced: dict[str, Any]) -> Any:
@@ -213,16 +228,16 @@ def mutated(kernel, old: str, new: str) -> types.SimpleNamespace:
         raise ValueError(f"{old!r} must be in the source once, is {source.count(old)} times")
     scope = dict(kernel.fn.__globals__)
     exec(source[source.index("def ") :].replace(old, new), scope)
-    return types.SimpleNamespace(fn=scope[kernel.fn.__name__])
+    changed = scope[kernel.fn.__name__]
+    runs_on_host = type(kernel).__name__ == "ConstexprFunction"
+    return changed if runs_on_host else types.SimpleNamespace(fn=changed)
 
 
 def run(kernel, grid, *args, schedule=None, replace=None, **constexprs) -> None:
     """Run every program of `grid`. `replace` swaps names of the kernel's module: planted faults."""
     grid = (*grid, 1, 1)[:3]
     params = kernel.fn.__code__.co_varnames
-    args = [
-        Ptr(Buffer(a, params[i])) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args)
-    ]
+    args = [argument(a, params[i]) for i, a in enumerate(args)]
     for pid in itertools.product(*map(range, grid)):
         block = Block(pid, grid, schedule or range)
         scope = names(block)

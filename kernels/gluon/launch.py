@@ -14,6 +14,13 @@ from slimgemm.kernels.reference import ACTIVATIONS
 EPILOGUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+class TmaView(NamedTuple):
+    """A matrix that a kernel reads by TMA in boxes of `box` [rows, columns]."""
+
+    tensor: Tensor
+    box: tuple[int, int]
+
+
 class Launch(NamedTuple):
     """One kernel launch, before it happens: tests run it on NumPy, launchers on the GPU.
 
@@ -38,8 +45,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def check_x(x: Tensor, n: int, k: int, dtype: torch.dtype, device, capability) -> None:
-    """Raise ValueError unless `x` [..., k] fits a weight [n, k] and its GPU has `capability`."""
+def check_x(
+    x: Tensor, n: int, k: int, dtype: torch.dtype, device, capability, exact: bool = False
+) -> None:
+    """Raise ValueError unless `x` [..., k] fits a weight [n, k] and its GPU has `capability`.
+
+    `exact`: no later capability will do.
+    """
+    if k == 0:
+        raise ValueError("k must be at least 1, got 0")
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., {k}] for a [{n}, {k}] weight, got {list(x.shape)}")
     if x.dtype != dtype or x.device != device:
@@ -58,11 +72,10 @@ def check_x(x: Tensor, n: int, k: int, dtype: torch.dtype, device, capability) -
         )
     if not x.is_cuda:
         raise ValueError(f"x must be on a GPU, got {x.device}; slimgemm.kernels runs CPU tensors")
-    if torch.cuda.get_device_capability(device) < capability:
-        raise ValueError(
-            f"GPU must be of compute capability {capability} or later, "
-            f"got {torch.cuda.get_device_capability(device)}"
-        )
+    found = torch.cuda.get_device_capability(device)
+    if found < capability or (exact and found != capability):
+        later = "" if exact else " or later"
+        raise ValueError(f"GPU must be of compute capability {capability}{later}, got {found}")
 
 
 def check_epilogue(n: int, x: Tensor, bias: Tensor | None, scale: Tensor | None, act: str) -> None:

@@ -7,6 +7,7 @@ Run in a process of its own without TRITON_INTERPRET, with the wanted Triton fir
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from collections import Counter
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from slimgemm.kernels.gluon import mma_sp, orders
+from slimgemm.kernels.gluon import mma_sp, orders, wgmma_sp
+from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.reference import prune_24_ref
 
@@ -42,12 +45,21 @@ def mma_sp_launch(most, dtype=torch.bfloat16, k=4096, splits=1, **epilogue):
     )
 
 
+def wgmma_sp_launch(tokens, dtype=torch.bfloat16, **epilogue):
+    packed = prune_24_ref(torch.zeros(128, 4096, dtype=dtype))
+    x = torch.zeros(tokens, 4096, dtype=dtype)
+    return wgmma_sp._wgmma_sp_kernel, wgmma_sp.prepare(
+        x, orders.to_wgmma_sp(packed), tile=wgmma_sp.WGMMA_SP_TILES[tokens], **epilogue
+    )
+
+
 def cases():
     """name -> (architecture, function that gives kernel and launch)."""
     table = {}
     for arch in ARCHITECTURES:
         for most in MMA_SP_TILES:
             table[f"mma_sp/{arch}/{most}"] = (arch, lambda m=most: mma_sp_launch(m))
+    full_128 = dict(bias=torch.zeros(128), scale=torch.zeros(128))
     full = dict(bias=torch.zeros(16), scale=torch.zeros(16))
     for act in ("relu", "gelu", "gelu_tanh", "silu", "relu2"):
         table[f"mma_sp/epilogue/{act}"] = (
@@ -58,6 +70,12 @@ def cases():
     table["mma_sp/splits"] = ("sm_90", lambda: mma_sp_launch(8, splits=4))
     for most in MMA_SP_TILES:
         table[f"mma_sp/general/{most}"] = ("sm_90", lambda m=most: mma_sp_launch(m, k=4099))
+    for tokens in wgmma_sp.WGMMA_SP_TILES:
+        table[f"wgmma_sp/sm_90/{tokens}"] = ("sm_90", lambda t=tokens: wgmma_sp_launch(t))
+        table[f"wgmma_sp/epilogue/{tokens}"] = (
+            "sm_90",
+            lambda t=tokens: wgmma_sp_launch(t, torch.float16, act="gelu", **full_128),
+        )
     return table
 
 
@@ -77,7 +95,10 @@ def source(kernel, launch):
             if value.data_ptr() % 16 == 0:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = value.type_name
+            dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[value.tensor.dtype]
+            layout = gl.NVMMASharedLayout.get_default_for(list(value.box), dtype)
+            box = ",".join(map(str, value.box))
+            signature[name] = f"tensordesc<{POINTERS[value.tensor.dtype][1:]}[{box}],{layout!r}>"
     signature = {n: signature.get(n, "constexpr") for n in names}
     return GluonASTSource(kernel, signature, constants, attrs)
 
@@ -100,6 +121,8 @@ def build(name, arch, make):
         file.flush()
         sass = tool("cuobjdump", "-sass", file.name) or tool("nvdisasm", "-c", file.name)
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+    if os.environ.get("SLIMGEMM_KEEP"):
+        pathlib.Path(os.environ["SLIMGEMM_KEEP"]).write_text(built.asm["ptx"])
     counts = Counter(re.findall(COUNTED, sass))
     registers = re.findall(r"REG:(\d+)", usage)
     return {
@@ -108,6 +131,8 @@ def build(name, arch, make):
         "smem": built.metadata.shared,
         "registers": int(registers[-1]) if registers else None,
         "counts": dict(counts),
+        "arena_at_zero": "global_smem" in built.asm["ptx"]
+        and arena_at_zero(built.asm["ptx"], getattr(launch.constants["TILE"], "arena_bytes", 0)),
     }
 
 

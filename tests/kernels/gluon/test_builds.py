@@ -15,6 +15,7 @@ import pytest
 
 from slimgemm.kernels.configs import SMEM_BYTES
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
+from slimgemm.kernels.gluon.wgmma_sp import WGMMA_SP_TILES
 
 BUILD = pathlib.Path(__file__).with_name("build.py")
 EPILOGUES = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
@@ -73,11 +74,28 @@ def check_tiles(rows):
         check_mma_sp(row, arch, tile=MMA_SP_TILES[int(most)])
 
 
+def check_wgmma_sp(rows):
+    for name, row in rows.items():
+        tokens = int(name.split("/")[-1])
+        kind = "F32" if "epilogue" in name else "F32.BF16"
+        assert total(row, "STL") == total(row, "LDL") == 0, row
+        assert row["smem"] <= SMEM_BYTES["sm_90"] and row["arena_at_zero"], row
+        # Two consumers of four steps; the metadata of a block in one 8-byte load, and one early.
+        assert row["counts"][f"HGMMA.SP.64x{tokens}x32.{kind}"] == 8, row
+        assert row["counts"]["LDG.E.64"] == 4, row
+        assert row["counts"]["UTMALDG"] == 1 + max(2, 2 * tokens // 128), row
+        # All of Y in 16-byte stores: 64 x tokens values of 2 bytes over 128 lanes, two consumers.
+        assert row["counts"]["STG.E.128"] == 2 * 64 * tokens // 8 // 128, row
+
+
 def test_short_set(tmp_path):
-    """One decode and one prefill tile where shared memory is smallest, and the other variants."""
-    rows = build(["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"], tmp_path)
-    check_tiles(rows)
-    rows = build(["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/splits"], tmp_path)
+    """Decode and prefill tiles where shared memory is smallest, and the other variants."""
+    table = ["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"]
+    others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/splits"]
+    wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128"]
+    rows = build([*table, *others, *wide], tmp_path)
+    check_wgmma_sp({name: rows.pop(name) for name in wide})
+    check_tiles({name: rows.pop(name) for name in table})
     check_general(rows.pop("mma_sp/general/64"), 64)
     check_mma_sp(rows["mma_sp/epilogue/gelu"], "sm_90", "F16", MMA_SP_TILES[8])
     check_mma_sp(rows["mma_sp/splits"], "sm_90", tile=MMA_SP_TILES[8])
@@ -89,6 +107,13 @@ def test_every_tile_on_every_architecture(arch, tmp_path):
     rows = build([f"mma_sp/{arch}/*"], tmp_path)
     assert len(rows) == len(MMA_SP_TILES)
     check_tiles(rows)
+
+
+@pytest.mark.slow
+def test_every_wgmma_tile(tmp_path):
+    rows = build(["wgmma_sp/*"], tmp_path)
+    assert len(rows) == 2 * len(WGMMA_SP_TILES)
+    check_wgmma_sp(rows)
 
 
 @pytest.mark.slow
@@ -106,6 +131,8 @@ OTHERS = [path for path in os.environ.get("SLIMGEMM_TRITONS", "").split(":") if 
 @pytest.mark.skipif(not OTHERS, reason="SLIMGEMM_TRITONS names no further Triton")
 @pytest.mark.parametrize("path", OTHERS or [None], ids=lambda p: pathlib.Path(p or "none").name)
 def test_other_versions_of_triton(path, tmp_path):
-    rows = build(["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64"], tmp_path, path)
+    cases = ["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64", "wgmma_sp/sm_90/*"]
+    rows = build(cases, tmp_path, path)
     assert {row["triton"] for row in rows.values()} == {pathlib.Path(path).name}
-    check_tiles(rows)
+    check_wgmma_sp({n: row for n, row in rows.items() if n.startswith("wgmma")})
+    check_tiles({n: row for n, row in rows.items() if n.startswith("mma")})

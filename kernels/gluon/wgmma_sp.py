@@ -1,0 +1,349 @@
+"""wgmma_sp: Y [M, N] = act((X @ W.T) * scale + bias) on the sparse tensor cores of Hopper, sm_90a.
+
+    D [N, M] = W [N, K] X [M, K]^T        W is the sparse A operand, tokens are the columns of D
+
+Persistent: as many programs as multiprocessors, each walks output tiles of 128 rows x tile.tokens.
+One producer warp fills a ring of shared-memory stages by TMA (a stage is 128 dense columns: a unit
+of compressed W, two halves of X); two consumer warpgroups own 64 rows each and run
+`wgmma.mma_async.sp`. Metadata goes from memory to registers, one block early. TMA reads zeros past
+N, M and K; the store is masked.
+
+Bound by the rate of wgmma.sp and, with A in shared memory, by shared-memory reads: 18 KiB per
+m64n256k32 of 128 cycles is 144 bytes per cycle where 128 are to be had (NOTES.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from slimgemm.kernels.gluon.compat import (
+    ADDRESS_IS_GIVEN,
+    arena_address,
+    arena_at_zero,
+    tma_load,
+)
+from slimgemm.kernels.gluon.epilogue import activate
+from slimgemm.kernels.gluon.launch import (
+    Launch,
+    TmaView,
+    check_epilogue,
+    check_x,
+    multiprocessors,
+)
+from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_K, WGMMA_ROWS, WgmmaSp
+
+PTX_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+UNIT_BYTES = 16384  # one unit of the arena: 128 rows of 128 bytes
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class WgmmaTile:
+    """128 out features x `tokens` (64, 128 or 256), `stages` of 128 dense columns in flight."""
+
+    tokens: int
+    stages: int
+
+    @property
+    def units(self) -> int:
+        """16 KiB units per stage: one of W, tokens / 64 of X."""
+        return 1 + self.tokens // 64
+
+    @property
+    def box(self) -> int:
+        """Rows of one TMA box of X."""
+        return min(self.tokens, 128)
+
+    @property
+    def arena_bytes(self) -> int:
+        return self.stages * self.units * UNIT_BYTES
+
+    @property
+    def accumulator(self) -> gl.NVMMADistributedLayout:
+        """[64, tokens] of one warpgroup, in the register order of wgmma."""
+        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tokens, 16])
+
+    @property
+    def out(self) -> gl.BlockedLayout:
+        """[tokens, 64] of Y: 8 values (16 bytes) a lane, 8 lanes along the out features."""
+        return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+
+
+# Tokens up to which a row is taken -> tile; the last row serves every larger count. Predictions
+# (NOTES.md): stages fill 227 KiB, less what the epilogue's transposition takes.
+WGMMA_SP_TILES = {64: WgmmaTile(64, 6), 128: WgmmaTile(128, 4), 256: WgmmaTile(256, 2)}
+
+
+@gluon.constexpr_function
+def wgmma_sp_asm(kind, tokens):
+    """Four k32 steps on one stage: D $0..., C tied, descriptors of A and B, metadata.
+
+    A step is 32 bytes further in a row of A, 64 bytes in a row of X; the second half of X lies
+    tokens * 128 bytes behind the first. Descriptors count 16-byte units.
+    """
+    count = tokens // 2  # accumulator registers per thread
+    acc = "{" + ",".join(f"${i}" for i in range(count)) + "}"
+    lines = ["{", ".reg .b64 da, db;", "wgmma.fence.sync.aligned;"]
+    for step in range(4):
+        b_step = step % 2 * 4 + step // 2 * (tokens * 128 // 16)
+        lines += [
+            f"add.s64 da, ${2 * count}, {2 * step};",
+            f"add.s64 db, ${3 * count}, {b_step};",
+            f"wgmma.mma_async.sp.sync.aligned.m64n{tokens}k32.f32.{kind}.{kind} "
+            f"{acc}, da, db, ${4 * count + step // 2}, {step % 2}, 1, 1, 1, 0, 0;",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def wgmma_sp_constraints(tokens):
+    """Operands per thread: tokens / 2 accumulators in and out, and as many of each other input."""
+    count = tokens // 2
+    ties = [str(i) for i in range(count)]
+    return ",".join(["=f"] * count + ties + ["l"] * (2 * count) + ["r"] * count)
+
+
+@gluon.jit
+def descriptor(address):
+    """K-major matrix at `address` (bytes), rows of 128 swizzled bytes, 1024 bytes per 8 rows."""
+    return ((address >> 4) & 0x3FFF).to(gl.int64) | (1 << 16) | (64 << 32) | (1 << 62)
+
+
+@gluon.jit
+def place_of(tile, M, N, TOKENS: gl.constexpr, GROUP: gl.constexpr):
+    """(pid_n, pid_m) of an output tile: GROUP row tiles share their X tiles in L2."""
+    tiles_m = gl.cdiv(M, TOKENS)
+    group = tile // (GROUP * tiles_m)
+    size = gl.minimum(gl.cdiv(N, 128) - group * GROUP, GROUP)
+    return group * GROUP + tile % (GROUP * tiles_m) % size, tile % (GROUP * tiles_m) // size
+
+
+@gluon.jit
+def producer(w_desc, x_desc, arena, full, empty, M, N, K, TILE: gl.constexpr, GROUP: gl.constexpr):
+    """Fill stage after stage, over all tiles of this program."""
+    TOKENS: gl.constexpr = TILE.tokens
+    UNITS: gl.constexpr = TILE.units
+    STAGES: gl.constexpr = TILE.stages
+    BOX: gl.constexpr = TILE.box
+    blocks = gl.cdiv(K, 128)
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
+        pid_n, pid_m = place_of(tile, M, N, TOKENS, GROUP)
+        for block in range(0, blocks):
+            slot = step % STAGES
+            # The first round finds every slot empty: that wait is for the phase before the first.
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), UNITS * 16384)
+            unit = slot * UNITS
+            tma_load(w_desc, [pid_n * 128, block * 64], full.index(slot), arena.index(unit))
+            # Boxes of X: first all tokens of one half of the block's columns, then of the other.
+            for box in gl.static_range(2 * TOKENS // BOX):
+                view = arena.index(unit + 1 + box * BOX // 128)
+                if BOX < 128:
+                    view = view.slice(box * BOX % 128, BOX, dim=0)
+                row = pid_m * TOKENS + box * BOX % TOKENS
+                at_k = block * 128 + box * BOX // TOKENS * 64
+                tma_load(x_desc, [row, at_k], full.index(slot), view)
+            step += 1
+
+
+@gluon.jit
+def consumer(
+    arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
+    WG: gl.constexpr, TILE: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Rows 64 WG ... 64 WG + 63 of every tile of this program."""
+    TOKENS: gl.constexpr = TILE.tokens
+    UNITS: gl.constexpr = TILE.units
+    STAGES: gl.constexpr = TILE.stages
+    ACCUMULATOR: gl.constexpr = TILE.accumulator
+    OUT: gl.constexpr = TILE.out
+    ASM: gl.constexpr = wgmma_sp_asm(KIND, TOKENS)
+    CONSTRAINTS: gl.constexpr = wgmma_sp_constraints(TOKENS)
+    base = arena_address(arena)
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, ACCUMULATOR))
+    column = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACCUMULATOR))
+    # Registers 0 and 1 of thread 32 w + 4 g + t are row 16 w + g, columns 2 t and 2 t + 1: they
+    # carry the two words of a block, word j of a thread being element 2 thread + j.
+    word = (row // 16 * 64 + row % 8 * 8)[:, None] + (column % 8)[None, :]
+    blocks = gl.cdiv(K, 128)
+    step = 0
+    for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
+        pid_n, pid_m = place_of(tile, M, N, TOKENS, GROUP)
+        words_at = words_ptr + (pid_n.to(gl.int64) * blocks * 512 + WG * 256) + word
+        words = gl.load(words_at)
+        acc = gl.zeros([64, TOKENS], gl.float32, layout=ACCUMULATOR)
+        for block in range(0, blocks):
+            slot = step % STAGES
+            next_words = gl.load(words_at + gl.minimum(block + 1, blocks - 1) * 512)
+            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            stage = base + slot * (UNITS * 16384)
+            acc = gl.inline_asm_elementwise(
+                ASM, CONSTRAINTS,
+                [acc, descriptor(stage + WG * 8192), descriptor(stage + 16384), words],
+                dtype=gl.float32, is_pure=False, pack=TOKENS // 2,
+            )  # fmt: skip
+            mbarrier.arrive(empty.index(slot), count=1)
+            words = next_words
+            step += 1
+        offs_n = pid_n * 128 + WG * 64 + row
+        if HAS_SCALE:
+            if SCALE_PER_ROW:
+                scale = gl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+                acc = acc * scale[:, None]
+            else:
+                acc = acc * gl.load(scale_ptr).to(gl.float32)
+        if HAS_BIAS:
+            bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
+            acc = acc + bias[:, None]
+        y = activate(acc, ACT).to(y_ptr.dtype.element_ty).permute([1, 0])
+        # Through shared memory, so that a lane stores 16 bytes of one token.
+        y = gl.convert_layout(y, OUT)
+        token = pid_m * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, OUT))
+        feature = pid_n * 128 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
+        at = y_ptr + (token.to(gl.int64) * N)[:, None] + feature[None, :]
+        gl.store(at, y, mask=(token < M)[:, None] & (feature < N)[None, :])
+
+
+@gluon.jit
+def _wgmma_sp_kernel(
+    w_desc, words_ptr, x_desc, y_ptr, bias_ptr, scale_ptr, M, N, K,
+    TILE: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,
+    SCALE_PER_ROW: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = gl.bfloat16 if KIND == "bf16" else gl.float16
+    UNITS: gl.constexpr = TILE.units
+    STAGES: gl.constexpr = TILE.stages
+    # The largest allocation by far, so that it lies at offset 0 (compat.arena_at_zero).
+    arena = gl.allocate_shared_memory(DTYPE, [STAGES * UNITS, 128, 64], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)  # the producer's expect; then bytes
+        mbarrier.init(empty.index(slot), count=2)  # one arrival of each consumer
+    gl.warp_specialize(
+        [
+            (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
+                        0, TILE, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
+            (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
+                        1, TILE, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
+            (producer, (w_desc, x_desc, arena, full, empty, M, N, K, TILE, GROUP)),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip
+
+
+def wgmma_sp_tile(m: int) -> WgmmaTile:
+    """The tile for `m` tokens."""
+    return next((t for most, t in WGMMA_SP_TILES.items() if m <= most), WGMMA_SP_TILES[256])
+
+
+def prepare(
+    x: Tensor,
+    w_hw: WgmmaSp,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    act: str = "none",
+    *,
+    tile: WgmmaTile | None = None,
+    programs: int = 132,
+) -> Launch:
+    """What spmm_24_wgmma_sp launches, with at most `programs` programs."""
+    m, n, k = math.prod(x.shape[:-1]), w_hw.n, w_hw.k
+    tile = tile or wgmma_sp_tile(m)
+    out = x.new_empty(*x.shape[:-1], n)
+    tiles = triton.cdiv(n, WGMMA_ROWS) * triton.cdiv(m, tile.tokens)
+    return Launch(
+        grid=(min(tiles, programs),),
+        args=(
+            TmaView(w_hw.values, (128, 64)), w_hw.meta, TmaView(x.view(m, k), (tile.box, 64)),
+            out.view(m, n), bias, scale, m, n, k,
+        ),
+        constants=dict(
+            TILE=tile, KIND=PTX_TYPES[x.dtype], HAS_BIAS=bias is not None,
+            HAS_SCALE=scale is not None, SCALE_PER_ROW=scale is not None and scale.numel() > 1,
+            ACT=act, GROUP=8,
+        ),
+        warps=4, out=out, parts=None,
+    )  # fmt: skip
+
+
+def _descriptor(view: TmaView) -> TensorDescriptor:
+    dtype = gl.bfloat16 if view.tensor.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(list(view.box), dtype)
+    return TensorDescriptor.from_tensor(view.tensor, list(view.box), layout)
+
+
+_PROVED: set[tuple] = set()  # constants of the builds whose arena is known to lie at offset 0
+
+
+def _prove_arena(launch: Launch, args: list) -> None:
+    """Raise ValueError unless the build for `launch` places the arena where its PTX says."""
+    key = tuple(launch.constants.values())
+    if key in _PROVED:
+        return
+    built = _wgmma_sp_kernel.warmup(*args, **launch.constants, grid=launch.grid, num_warps=4)
+    if not arena_at_zero(built.asm["ptx"], launch.constants["TILE"].arena_bytes):
+        raise ValueError(
+            "arena must be at offset 0 of shared memory, got another place in this build"
+        )
+    _PROVED.add(key)
+
+
+def spmm_24_wgmma_sp(
+    x: Tensor,
+    w_hw: WgmmaSp,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    act: str = "none",
+    *,
+    tile: WgmmaTile | None = None,
+) -> Tensor:
+    """act((x @ dense(w).T) * scale + bias) on wgmma.sp, Hopper only.
+
+    Args:
+        x: [..., k], bf16 or fp16, stride 1 along k, rows of whole 16-byte units, leading dims fold.
+        w_hw: the weight [N, k] of the same dtype and device (orders.to_wgmma_sp).
+        bias: [N], fp16, bf16 or fp32.
+        scale: [N], fp16, bf16 or fp32, or one element for all out features.
+        act: none, relu, gelu, gelu_tanh, silu or relu2 (relu squared).
+        tile: chosen from WGMMA_SP_TILES unless given.
+    Returns:
+        [..., N], dtype of `x`, contiguous. Accumulated in fp32, the same bytes on every run.
+    Raises:
+        ValueError: a shape, stride, dtype, device or activation is not as above, or the build of
+            this Triton does not place the arena at the address that the PTX names.
+
+    Source: orders.py; PTX ISA, wgmma.mma_async.sp. Twin: reference.spmm_24_ref on the Packed24.
+    """
+    check_x(x, w_hw.n, w_hw.k, w_hw.values.dtype, w_hw.values.device, (9, 0), exact=True)
+    check_epilogue(w_hw.n, x, bias, scale, act)
+    m = math.prod(x.shape[:-1])
+    if m == 0 or w_hw.n == 0:
+        return x.new_empty(*x.shape[:-1], w_hw.n)
+    pitch = x.view(m, w_hw.k).stride(0) if m > 1 else 0
+    if w_hw.k % 8 or pitch % 8 or x.data_ptr() % 16:
+        raise ValueError(
+            f"x must have rows of whole 16-byte units for TMA, got k = {w_hw.k}, row stride {pitch}"
+        )
+    launch = prepare(x, w_hw, bias, scale, act, tile=tile, programs=multiprocessors(x.device))
+    args = [_descriptor(a) if isinstance(a, TmaView) else a for a in launch.args]
+    if not ADDRESS_IS_GIVEN:
+        _prove_arena(launch, args)
+    _wgmma_sp_kernel[launch.grid](*args, **launch.constants, num_warps=launch.warps)
+    return launch.out
+
+
+assert (WGMMA_ROWS, WGMMA_BLOCK_K) == (128, 128)  # the numbers written out in the kernel
