@@ -264,6 +264,7 @@ def output_error(got: Tensor, exact: Tensor) -> float:
     """Largest difference over the largest magnitude of `exact` (float64); NaN if `got` has one."""
     if got.numel() == 0:
         return 0.0
+    got, exact = got.detach(), exact.detach()
     scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
     return float((got.double() - exact).abs().max() / scale)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,9 @@ def kept_channels_of(
 class ChannelModule(nn.Module):
     """The kept channels of a module, how they are loaded, and the way from and to dense."""
 
+    # What the constructor sets beside the attributes of the dense module; decompress drops them.
+    own_attributes: ClassVar[tuple[str, ...]] = ("_layouts", "_paddings", "groups")
+
     weight: nn.Parameter
     in_index: Tensor | None
     out_index: Tensor | None
@@ -143,6 +146,12 @@ class ChannelModule(nn.Module):
     def kept_out(self) -> ChannelIndex | None:
         """Kept out channels; None for all."""
         return self._kept("out_index")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `like` needs beside the dense module; goes into checkpoints."""
+        kept = {"kept_in": self.kept_in, "kept_out": self.kept_out}
+        return {key: None if i is None else i.index.tolist() for key, i in kept.items()}
 
     def _channels(self) -> list[Any]:
         """The four arguments that name the channels to an operator."""

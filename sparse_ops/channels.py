@@ -12,7 +12,7 @@ Indices are ascending, and are checked when a state dict is loaded; change them 
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
@@ -61,12 +61,17 @@ class ChannelLinear(ChannelModule):
         """
         if not isinstance(linear, nn.Linear):
             raise ValueError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
-        weight, bias = linear.weight, linear.bias
-        ins, outs = kept_channels_of(weight, bias, 1, kept_in, kept_out)
-        sizes = linear.in_features, linear.out_features, False, weight.device, weight.dtype
-        module = cls(*sizes, kept_in=ins, kept_out=outs)
+        ins, outs = kept_channels_of(linear.weight, linear.bias, 1, kept_in, kept_out)
+        module = cls.like(linear, kept_in=ins, kept_out=outs)
         module._take_from(linear)
         return module
+
+    @classmethod
+    def like(cls, linear: nn.Linear, *, kept_in: Kept = None, kept_out: Kept = None) -> Self:
+        """A module of the sizes of `linear` that keeps these channels; its weight is not set."""
+        sizes = linear.in_features, linear.out_features, linear.bias is not None
+        where = linear.weight.device, linear.weight.dtype
+        return cls(*sizes, *where, kept_in=kept_in, kept_out=kept_out).train(linear.training)
 
     def to_dense(self) -> nn.Linear:
         """The nn.Linear with zeros in the dropped channels, exactly."""
@@ -142,13 +147,21 @@ class ChannelConv2d(ChannelModule):
         """
         if not isinstance(conv, nn.Conv2d):
             raise ValueError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
-        weight, bias = conv.weight, conv.bias
-        ins, outs = kept_channels_of(weight, bias, conv.groups, kept_in, kept_out)
-        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding
-        options = conv.dilation, conv.groups, False, conv.padding_mode, weight.device, weight.dtype
-        module = cls(*sizes, *options, kept_in=ins, kept_out=outs)
+        ins, outs = kept_channels_of(conv.weight, conv.bias, conv.groups, kept_in, kept_out)
+        module = cls.like(conv, kept_in=ins, kept_out=outs)
         module._take_from(conv)
         return module
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, *, kept_in: Kept = None, kept_out: Kept = None) -> Self:
+        """A module of the sizes of `conv` that keeps these channels; its weight is not set."""
+        module = cls(
+            conv.in_channels, conv.out_channels, cast(Any, conv.kernel_size),
+            cast(Any, conv.stride), cast(Any, conv.padding), cast(Any, conv.dilation), conv.groups,
+            conv.bias is not None, conv.padding_mode, conv.weight.device, conv.weight.dtype,
+            kept_in=kept_in, kept_out=kept_out,
+        )  # fmt: skip
+        return module.train(conv.training)
 
     def to_dense(self) -> nn.Conv2d:
         """The nn.Conv2d with zeros in the dropped channels, exactly."""

@@ -7,7 +7,7 @@ not prune: `from_dense` refuses a weight that is not already keep:group along it
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +108,22 @@ class SparseConv2d24(PackedModule):
         """
         if not isinstance(conv, nn.Conv2d):
             raise ValueError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
-        arguments = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-        options = (conv.padding, conv.dilation, conv.groups, False, conv.padding_mode)
-        with torch.device("meta"):
-            module = cls(*arguments, *options, keep=keep, group=group)
+        module = cls.like(conv, keep=keep, group=group)
         weight = conv.weight.detach()
         packed = implementation("pack_conv", weight.device)(weight, keep, group)
         module.values = nn.Parameter(packed.values, conv.weight.requires_grad)
         module.meta = packed.meta
+        return module
+
+    @classmethod
+    def like(cls, conv: nn.Conv2d, *, keep: int = 2, group: int = 4) -> SparseConv2d24:
+        """A module of the sizes of `conv`, sharing its bias; its weight is on the meta device."""
+        module = cls(
+            conv.in_channels, conv.out_channels, cast(Any, conv.kernel_size),
+            cast(Any, conv.stride), cast(Any, conv.padding), cast(Any, conv.dilation), conv.groups,
+            False, conv.padding_mode, "meta", conv.weight.dtype, keep=keep, group=group,
+        )  # fmt: skip
+        module.values.requires_grad_(conv.weight.requires_grad)
         module.register_parameter("bias", conv.bias)
         return module.train(conv.training)
 

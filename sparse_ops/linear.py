@@ -79,6 +79,16 @@ class PackedModule(nn.Module):
         """The packed weight; shares memory with the module."""
         return Packed24(self.values, self.meta, self._packed_k, self.keep, self.group)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `like` needs beside the dense module; goes into checkpoints."""
+        return {"keep": self.keep, "group": self.group}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and metadata."""
+        return self.packed.nbytes
+
     def set_packed(self, packed: Packed24) -> None:
         """Take the values and metadata of `packed`, of this module's shape and pattern."""
         mine = (self._packed_k, self.keep, self.group)

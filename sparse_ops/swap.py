@@ -11,21 +11,27 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimgemm.kernels.formats import check, check_pattern
+from slimgemm.sparse_ops.channels import ChannelConv2d, ChannelLinear
+from slimgemm.sparse_ops.conv import SparseConv2d24
 from slimgemm.sparse_ops.linear import SparseLinear24
 from slimgemm.sparse_ops.report import as_table
 
 HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
 
-# Class replaced -> the constructor of its packed twin; it refuses with ValueError and the reason.
-CONVERTERS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Linear: SparseLinear24.from_dense,
+# Class replaced -> its 2:4 class, and the class for channels that were pruned on their own. Their
+# from_dense refuses with ValueError and the reason.
+CONVERTERS: dict[type[nn.Module], tuple[Any, Any]] = {
+    nn.Linear: (SparseLinear24, ChannelLinear),
+    nn.Conv2d: (SparseConv2d24, ChannelConv2d),
 }
+# A layer is swapped when that saves at least this share of its weight's bytes.
+LEAST_SAVING = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """One LayerReport for every linear and convolution; `print` shows it as a table."""
+    """One LayerReport for every nn.Linear and nn.Conv2d; `print` shows it as a table."""
 
     layers: list[LayerReport] = field(default_factory=list)
 
@@ -280,10 +286,17 @@ class Choice(NamedTuple):
 
 def choose(module: nn.Module, x: Tensor | None, keep: int, group: int) -> Choice:
     """Pack `module`; on a GPU, compare the two on the input `x` if there is one."""
+    sparse, channels = CONVERTERS[type(module)]
     try:
-        twin = CONVERTERS[type(module)](module, keep=keep, group=group)
+        twin = sparse.from_dense(module, keep=keep, group=group)
     except ValueError as error:
-        return Choice(None, str(error))
+        try:
+            twin = channels.from_dense(module)
+        except ValueError:
+            return Choice(None, str(error))
+    dense_bytes = module.weight.nbytes
+    if twin.nbytes > (1 - LEAST_SAVING) * dense_bytes:
+        return Choice(None, f"packed it would take {twin.nbytes} bytes")
     if x is None or not x.is_cuda:
         return Choice(twin, "")
     times = us_of(module, x), us_of(twin, x)
@@ -298,25 +311,36 @@ def keep_shared(found: dict[nn.Module, list[str]], choices: dict[nn.Module, Choi
     for module in found:
         sharing.setdefault(id(module.weight), []).append(module)
     for modules in sharing.values():
-        first = choices[modules[0]].twin
-        dense = [m for m in modules if choices[m].twin is None]
-        for module in modules[1:] if not dense else modules:
-            if not dense:
-                choices[module].twin.values, choices[module].twin.meta = first.values, first.meta
-            elif module not in dense:
-                why = f"its weight is shared with {found[dense[0]][0]}, which stays dense"
+        if len(modules) == 1:
+            continue
+        twins = [choices[m].twin for m in modules]
+        dense = [m for m, twin in zip(modules, twins, strict=True) if twin is None]
+        if not dense and all(hasattr(twin, "values") for twin in twins):
+            for twin in twins[1:]:
+                twin.values, twin.meta = twins[0].values, twins[0].meta
+            continue
+        stays = found[(dense or modules)[0]][0]
+        for module in modules:
+            if module not in dense:
+                why = f"its weight is shared with {stays}, which stays dense"
                 choices[module] = Choice(None, why)
 
 
+def kind_of(twin: nn.Module) -> str:
+    """What a packed module keeps: keep:group, or its kept channels."""
+    if hasattr(twin, "keep"):
+        return f"{twin.keep}:{twin.group}"
+    sides = (("in", twin.kept_in), ("out", twin.kept_out))
+    return ", ".join(f"{k.kept} of {k.width} {side}" for side, k in sides if k is not None)
+
+
 def _layer_report(module: nn.Module, name: str, choice: Choice) -> LayerReport:
-    weight, twin = module.weight, choice.twin
-    kind = f"{twin.keep}:{twin.group}" if twin is not None else type(module).__name__
-    nbytes = twin.packed.nbytes if twin is not None else weight.nbytes
+    weight, twin = cast(Tensor, module.weight), choice.twin
+    packed = twin is not None
+    kind = kind_of(twin) if packed else type(module).__name__
+    nbytes = twin.nbytes if packed else weight.nbytes
     shape = tuple(weight.shape)
-    times = choice[2:]
-    return LayerReport(
-        name, kind, shape, twin is not None, choice.reason, weight.nbytes, nbytes, *times
-    )
+    return LayerReport(name, kind, shape, packed, choice.reason, weight.nbytes, nbytes, *choice[2:])
 
 
 def decompress(model: nn.Module) -> nn.Module:

@@ -263,8 +263,6 @@ def test_refused_before_anything_changed(name):
 
 def test_an_error_at_the_last_layer_changes_nothing(monkeypatch):
     """Packing succeeds for the first layer and fails for the second with no ValueError."""
-    from slimgemm.sparse_ops import swap
-
     plain = SparseLinear24.from_dense
 
     def second_fails(linear, **pattern):
@@ -272,7 +270,7 @@ def test_an_error_at_the_last_layer_changes_nothing(monkeypatch):
             raise MemoryError("no room")
         return plain(linear, **pattern)
 
-    monkeypatch.setitem(swap.CONVERTERS, nn.Linear, second_fails)
+    monkeypatch.setattr(SparseLinear24, "from_dense", second_fails)
     model = mlp()
     before = everything(model)
     with pytest.raises(MemoryError, match="no room"):
