@@ -64,6 +64,17 @@ class Statistic:
         self.total = part if self.total is None else self.total.add_(part)
         self.rows += rows
 
+    def share(self) -> None:
+        """Add up over all processes of torch.distributed; each has batches of its own."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return
+        if self.total is None:
+            raise ValueError("a process has no calibration batch; give each at least one")
+        rows = torch.tensor([self.rows], dtype=torch.float64, device=self.total.device)
+        torch.distributed.all_reduce(self.total)
+        torch.distributed.all_reduce(rows)
+        self.rows = int(rows)
+
     def result(self) -> Tensor:
         """The mean over all rows."""
         assert self.total is not None
@@ -177,6 +188,7 @@ class Calibration:
                     continue
         found = {}
         for name, statistic in statistics.items():
+            statistic.share()
             if statistic.total is None:
                 raise ValueError(f"{name} did not run on the calibration data; ignore the layer")
             if not bool(torch.isfinite(statistic.total).all()):

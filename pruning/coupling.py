@@ -122,6 +122,7 @@ class Tracer:
         self.sets = self.found.sets
         self.names: dict[str, str] = {}
         self.values: dict[Any, Any] = {}
+        self.left_out: list[tuple[Ids, Ids, str]] = []
         self._pinned = pinned
 
     def parameter(self, node: Any) -> str | None:
@@ -162,6 +163,15 @@ class Tracer:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 self.pin(item, reason)
+
+    def finish(self) -> None:
+        """Pin channels that an operation left out (a slice), so that positions keep their meaning.
+
+        At the end, because what is united with a channel that is left goes with it: half of a
+        head, sliced for a rotary embedding, is not left out.
+        """
+        for before, after, reason in self.left_out:
+            self.sets.pin(np.setdiff1d(self.sets.roots(before), self.sets.roots(after)), reason)
 
     def full(self, node: Any) -> Tensor:
         """int64 of the activation's whole shape: the id of each element."""

@@ -7,6 +7,7 @@ inputs that the pruned groups before it make. The model's weights come back at t
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from slimgemm.pruning.allocate import Amount, Units
 from slimgemm.pruning.calibrate import Calibration, Gram, Group, groups_of
 from slimgemm.pruning.cost import Cost
 from slimgemm.pruning.layers import Layer
-from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask
+from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask, unpack_mask
 from slimgemm.pruning.patterns import LOWEST, Pattern, like_weight, rows_of
 from slimgemm.pruning.scores import Context, Score
 from slimgemm.pruning.sparsegpt import Solver
+from slimgemm.pruning.store import Store, key_of
 
 Repair = Callable[[Tensor, Tensor, Tensor, list[str]], Tensor]
 
@@ -39,6 +41,12 @@ class Part:
     refusal: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def packed(self) -> PackedMask:
+        """The mask of a part that has one."""
+        assert self.mask is not None
+        return self.mask
+
 
 @dataclass(frozen=True)
 class Request:
@@ -53,6 +61,7 @@ class Request:
     batches: Sequence[Any] | None
     repair: Repair | None
     cost: Cost
+    resume: str | os.PathLike[str] | None = None
 
 
 def scored(layer: Layer, score: Score, context: Context) -> Tensor:
@@ -170,24 +179,65 @@ def _streamed(request: Request) -> dict[str, Part]:
     )
     groups = _groups(request)
     blocks = list(dict.fromkeys(group.block for group in groups if group.block is not None))
+    store = _store(request, drops)
     parts: dict[str, Part] = {}
     with _weights_put_back(request.layers):
-        for group in groups:
-            statistics = calibration.gather(group, statistic, _calls(request))
+        for place, group in enumerate(groups):
+            known = store.load(place, group.layers) if store is not None else None
+            if known is None:
+                found = calibration.gather(group, statistic, _calls(request))
+                decided = {}
+                for layer in group.layers:
+                    context = replace(
+                        request.contexts[layer.name], statistics=found.pop(layer.name)
+                    )
+                    decided[layer.name] = _one(request, layer, context, drops[layer.name])
+                if store is not None:
+                    store.save(
+                        place, {n: (p.packed, p.weight, p.notes) for n, p in decided.items()}
+                    )
+            else:
+                decided = {
+                    name: Part(mask=mask, weight=weight, notes=notes)
+                    for name, (mask, weight, notes) in known.items()
+                }
             for layer in group.layers:
-                context = replace(
-                    request.contexts[layer.name], statistics=statistics.pop(layer.name)
-                )
-                parts[layer.name], weight = _one(request, layer, context, drops[layer.name])
-                # .data: later groups must see the pruned layer; the dense weight comes back
-                layer.module.weight.data = weight
+                # later groups must see the pruned layer; the dense weight comes back at the end
+                layer.module.weight.data = _pruned(layer, decided[layer.name])
+            parts.update(decided)
             if group.block is not None:
                 calibration.advance(blocks, group.block)
     return {layer.name: parts[layer.name] for layer in request.layers}
 
 
-def _one(request: Request, layer: Layer, context: Context, drop: int) -> tuple[Part, Tensor]:
-    """The decision for a layer, and its weight as it will be."""
+def _pruned(layer: Layer, part: Part) -> Tensor:
+    """A layer's weight as it will be."""
+    dense = layer.weight
+    new = dense if part.weight is None else part.weight.to(dense.device)
+    return torch.where(unpack_mask(part.packed).to(dense.device), new, 0.0)
+
+
+def _store(request: Request, drops: Mapping[str, int]) -> Store | None:
+    if request.resume is None:
+        return None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ValueError(
+            "resume= and torch.distributed cannot be combined: processes killed at different groups "
+            "would wait for each other; leave one of them out"
+        )
+    assert request.batches is not None
+    asked = [
+        request.pattern,
+        request.score,
+        request.repair,
+        sorted(drops.items()),
+        torch.__version__,
+    ]
+    return Store(request.resume, key_of(asked, request.layers, request.batches))
+
+
+def _one(request: Request, layer: Layer, context: Context, drop: int) -> Part:
+    """The decision for a layer."""
     weight, pattern = layer.weight, request.pattern
     if isinstance(request.score, Solver):
         units = pattern.units(torch.zeros(weight.shape)).numel()
@@ -205,7 +255,7 @@ def _one(request: Request, layer: Layer, context: Context, drop: int) -> tuple[P
         print(note, file=sys.stderr)
     changed = isinstance(request.score, Solver) or request.repair is not None
     kept = new.cpu() if changed else None
-    return Part(mask=pack_mask(mask.cpu()), weight=kept, notes=tuple(notes)), new
+    return Part(mask=pack_mask(mask.cpu()), weight=kept, notes=tuple(notes))
 
 
 def repaired(

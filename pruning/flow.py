@@ -209,29 +209,29 @@ def _elementwise(tracer: Tracer, node: Any) -> Tracked | None:
         views.append(ids.transpose(order).reshape(sizes))
     for view in views[1:]:
         tracer.sets.unite(views[0], view)
-    _pin_fixed_partners(tracer, node, sources, [s for s, _, _ in tracked], dims, views[0])
     joint = np.broadcast_to(views[0], [shape[d] for d in dims])
     if len(views) > 1:
         joint = np.maximum.reduce([np.broadcast_to(v, joint.shape) for v in views])
+    others = [source for source in sources if source not in [s for s, _, _ in tracked]]
+    for source in others:
+        _meet_fixed(tracer, node, source, dims, joint)
     return Tracked(dims, joint)
 
 
-def _pin_fixed_partners(
-    tracer: Tracer,
-    node: Any,
-    sources: list[Any],
-    tracked: list[Any],
-    dims: tuple[int, ...],
-    ids: Ids,
-) -> None:
-    shape = _shape(node)
-    for source in sources:
-        if source in tracked:
-            continue
-        found = _shape(source)
-        shift = len(shape) - len(found)
-        if any(d >= shift and found[d - shift] > 1 for d in dims):
-            tracer.sets.pin(ids, f"{place(node)} meets a tensor of fixed size")
+def _meet_fixed(tracer: Tracer, node: Any, source: Any, dims: tuple[int, ...], ids: Ids) -> None:
+    """A tensor without ids spans some tracked dimensions: along these, all stay or all go.
+
+    Rotary embeddings span the size of a head, so that heads are whole units. Where every tracked
+    dimension is spanned, everything has to stay.
+    """
+    found = _shape(source)
+    shift = len(_shape(node)) - len(found)
+    spanned = tuple(i for i, d in enumerate(dims) if d >= shift and found[d - shift] > 1)
+    if len(spanned) == len(dims):
+        tracer.sets.pin(ids, f"{place(node)} meets a tensor of fixed size")
+    elif spanned:
+        first = tuple(slice(0, 1) if i in spanned else slice(None) for i in range(len(dims)))
+        tracer.sets.unite(ids, ids[first])
 
 
 def _move(tracer: Tracer, node: Any) -> Any:
@@ -250,10 +250,9 @@ def _move(tracer: Tracer, node: Any) -> Any:
     args = [ids(a) for a in node.args]
     result = node.target(*args, **{k: ids(v) for k, v in node.kwargs.items()})
     results = list(result) if isinstance(result, (list, tuple)) else [result]
-    # A channel that the operation leaves out (a slice) stays, so that positions keep their meaning.
     before = np.concatenate([np.unique(tracer.full(s).numpy()) for s in tensors])
     after = np.concatenate([np.unique(r.numpy()) for r in results])
-    tracer.sets.pin(np.setdiff1d(before, after), f"{place(node)} leaves it out")
+    tracer.left_out.append((before, after, f"{place(node)} leaves it out"))
     found = [tracer.compress(r) for r in results]
     return found if isinstance(result, (list, tuple)) else found[0]
 

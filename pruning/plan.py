@@ -9,6 +9,7 @@ that was planned, then writes zeros (and masks) or shrinks channels.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -178,6 +179,7 @@ def plan(
     amount: Amount | None = None,
     calibration: Iterable[Any] | None = None,
     repair: Repair | None = None,
+    resume: str | os.PathLike[str] | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
     energy: str = "horowitz45",
@@ -193,6 +195,8 @@ def plan(
         amount: how much is dropped where, as Uniform(0.5); None where the pattern fixes it.
         calibration: batches, each as example_inputs; scores that need data refuse to go without.
         repair: new values for kept weights after the mask, as ADMM() or LeastSquares().
+        resume: a folder where a calibrated plan leaves its decisions group by group; called again
+            with the same arguments it goes on from there.
         ignore: names of layers or of their parents, or "re:" and a regex for the full name.
         seed: of scores that draw random numbers.
         energy: name of the energy table in pruning.cost.ENERGY.
@@ -228,7 +232,9 @@ def plan(
     batches = None if calibration is None else list(calibration)
     contexts = _contexts(model, chosen, scorer, coupling, batches, seed)
     cost = count_macs(model, example_inputs)
-    request = Request(model, chosen, pattern, scorer, amount, contexts, batches, repair, cost)
+    request = Request(
+        model, chosen, pattern, scorer, amount, contexts, batches, repair, cost, resume
+    )
     surgery = None
     if isinstance(pattern, Channels):
         assert coupling is not None

@@ -45,4 +45,5 @@ def trace(
             for source in node.all_input_nodes:
                 if tracer.parameter(source) is None:
                     tracer.pin(tracer.value(source), "it reaches the model's output")
+    tracer.finish()
     return tracer.found

@@ -169,3 +169,52 @@ def test_plan_leaves_the_model_alone_when_calibration_fails(normal):
         )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not model[0]._forward_pre_hooks and model.training
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from torch import nn
+from slimgemm import pruning
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+x = torch.randn(128, 16, generator=torch.Generator().manual_seed(1))
+plan = pruning.plan(
+    model, x[:2], pattern=pruning.NofM(2, 4), score=pruning.SparseGPT(),
+    calibration=[x[rank * 64 : rank * 64 + 64]],
+)
+try:
+    pruning.plan(
+        model, x[:2], pattern=pruning.NofM(2, 4), score=pruning.Wanda(),
+        calibration=[x], resume=folder,
+    )
+except ValueError as error:
+    assert "cannot be combined" in str(error)
+    torch.save({e.name: e.weight for e in plan.pruned}, f"{folder}/{rank}.pt")
+"""
+
+
+def test_two_processes_decide_as_one(tmp_path, normal):
+    import subprocess
+    import sys
+
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path)])
+        for rank in range(2)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    x = torch.randn(128, 16, generator=torch.Generator().manual_seed(1))
+    alone = pruning.plan(
+        model,
+        x[:2],
+        pattern=pruning.NofM(2, 4),
+        score=pruning.SparseGPT(),
+        calibration=[x[:64], x[64:]],
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for entry in alone.pruned:
+        assert torch.equal(first[entry.name], second[entry.name])
+        torch.testing.assert_close(first[entry.name], entry.weight, rtol=1e-5, atol=1e-6)

@@ -272,3 +272,34 @@ def test_proof_helpers():
     assert "instead of [3]" in difference([x[:2]], [x])
     assert "differs by nan" in difference([x * float("nan")], [x])
     assert "differs by 0.1" in difference([x + 0.1], [x])
+
+
+def test_rotary_embeddings_keep_heads_whole(normal):
+    class Rotary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(16, 8)
+            self.o = nn.Linear(16, 3)
+
+        def turn(self, x):
+            angle = torch.arange(x.shape[2])[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+            half = torch.cat([-x[..., 2:], x[..., :2]], -1)
+            return x * angle.cos() + half * angle.sin()
+
+        def forward(self, x):
+            b, t, _ = x.shape
+            q, k, v = (f(x).view(b, t, -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+            k, v = (
+                y[:, :, None].expand(-1, -1, 2, -1, -1).reshape(b, -1, t, 4)
+                for y in (self.turn(k), v)
+            )
+            scores = self.turn(q) @ k.transpose(2, 3) / 2
+            return self.o((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+    torch.manual_seed(0)
+    model = Rotary()
+    prune(model, normal(2, 5, 16))
+    assert (model.q.out_features, model.k.out_features, model.o.in_features) == (8, 4, 8)
+    pair = int(model.k.kept_out.index[0]) // 4
+    assert model.q.kept_out.index.tolist() == list(range(8 * pair, 8 * pair + 8))
+    assert model.v.kept_out.index.tolist() == list(range(4 * pair, 4 * pair + 4))
