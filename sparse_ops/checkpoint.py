@@ -21,20 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimgemm.kernels.formats import ChannelIndex, channel_index, check
-from slimgemm.sparse_ops.swap import CONVERTERS, carry_over, modules_with_names, replace
+from slimgemm.sparse_ops.rebuild import CheckpointError, rebuild, shrunk_entries, swapped_entries
 
 FORMAT = "slimgemm"
 VERSION = 1
 TENSORS, MANIFEST = "model.safetensors", "prune.json"
-
-# Attributes that hold a shrunk module's widths; what is not among them keeps its value.
-WIDTHS = ("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features",
-          "num_channels", "num_groups", "normalized_shape", "embedding_dim")  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, or that does not fit the model; nothing was loaded."""
 
 
 def file_digest(path: Path) -> str:
@@ -65,7 +56,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
     target = Path(folder)
     _check_target(target, overwrite)
     tensors, aliases = _tensors(model)
-    packed = dict(_packed_entries(model))
+    swapped = swapped_entries(model)
     with _beside(target) as work:
         save_file(tensors, work / TENSORS, metadata={"format": FORMAT, "version": str(VERSION)})
         manifest: dict[str, Any] = {
@@ -74,8 +65,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
             "tool": f"slimgemm {metadata.version('slimgemm')}, torch {torch.__version__}",
             "tensors": {"file": TENSORS, "sha256": file_digest(work / TENSORS)},
             "aliases": aliases,
-            "packed": packed,
-            "shrunk": dict(_shrunk_entries(model)),
+            "shrunk": shrunk_entries(model),
+            "swapped": swapped,
         }
         manifest["sha256"] = manifest_digest(manifest)
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -150,43 +141,6 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def _packed_entries(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    for module, names in modules_with_names(model).items():
-        if hasattr(module, "packed"):
-            try:
-                check(module.packed)
-            except ValueError as error:
-                raise ValueError(f"{names[0] or 'the model'}: {error}") from error
-            entry = {
-                "class": type(module).__name__,
-                "replaces": _replaced_class(module),
-                "keep": module.keep,
-                "group": module.group,
-                "dense_shape": list(module.to_dense().weight.shape),
-                "names": names,
-            }
-            yield names[0], entry
-
-
-def _replaced_class(module: nn.Module) -> str:
-    return type(module.to_dense()).__name__
-
-
-def _shrunk_entries(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, module in model.named_modules():
-        kept = {key: getattr(module, key, None) for key in ("kept_in", "kept_out")}
-        if hasattr(module, "to_dense") or not any(
-            isinstance(k, ChannelIndex) for k in kept.values()
-        ):
-            continue
-        entry: dict[str, Any] = {"class": type(module).__name__}
-        for key, index in kept.items():
-            if isinstance(index, ChannelIndex):
-                entry[key] = {"width": index.width, "index": index.index.tolist()}
-        entry["attributes"] = {w: getattr(module, w) for w in WIDTHS if hasattr(module, w)}
-        yield name, entry
-
-
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """prune.json of a checkpoint, after both digests were checked.
 
@@ -242,15 +196,8 @@ def load(
 
     manifest = read_manifest(folder)
     model = factory()
-    swaps = [_packed_module(model, name, entry) for name, entry in manifest["packed"].items()]
-    for name, entry in manifest["shrunk"].items():
-        _check_shrunk(model, name, entry)
-    for names, module in swaps:
-        model = module if names == [""] else model
-        replace(model, [name for name in names if name], module)
+    model = rebuild(model, manifest["shrunk"], manifest["swapped"])
     tensors = load_file(Path(folder) / TENSORS, device=str(device))
-    for name, entry in manifest["shrunk"].items():
-        _shrink(model.get_submodule(name), name, entry, tensors)
     state = tensors | {alias: tensors[name] for alias, name in manifest["aliases"].items()}
     _check_state(model, state, folder)
     try:
@@ -269,76 +216,6 @@ def _check_filled(model: nn.Module) -> None:
             raise CheckpointError(
                 f"{name} is not in the checkpoint (a non-persistent buffer) and on the meta device "
                 "in the model; let the factory make it on a real device"
-            )
-
-
-def _get(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise CheckpointError(f"the model has no layer {name!r}, the checkpoint has") from None
-
-
-def _packed_module(
-    model: nn.Module, name: str, entry: dict[str, Any]
-) -> tuple[list[str], nn.Module]:
-    """(names, empty packed module) for one packed layer of the checkpoint."""
-    dense = _get(model, name)
-    twins = {converter.__self__.__name__: converter.__self__ for converter in CONVERTERS.values()}
-    if type(dense).__name__ != entry["replaces"] or entry["class"] not in twins:
-        raise CheckpointError(
-            f"{name} is a {type(dense).__name__} in the model, the checkpoint packs a "
-            f"{entry['replaces']} as {entry['class']}"
-        )
-    if list(dense.weight.shape) != entry["dense_shape"]:
-        raise CheckpointError(
-            f"{name} is {list(dense.weight.shape)} in the model, {entry['dense_shape']} in the "
-            "checkpoint; load it into the model it was saved from"
-        )
-    for other in entry["names"]:
-        if _get(model, other) is not dense:
-            raise CheckpointError(f"{name} and {other} are two layers in the model, one as saved")
-    module = twins[entry["class"]].like(dense, keep=entry["keep"], group=entry["group"])
-    return entry["names"], carry_over(dense, module)
-
-
-def _check_shrunk(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
-    module = _get(model, name)
-    if type(module).__name__ != entry["class"]:
-        raise CheckpointError(
-            f"{name} is a {type(module).__name__} in the model, "
-            f"a {entry['class']} in the checkpoint"
-        )
-    weight = getattr(module, "weight", None)
-    for axis, key in enumerate(("kept_out", "kept_in")):
-        if key not in entry or weight is None or axis >= weight.ndim:
-            continue
-        width = entry[key]["width"]
-        if weight.shape[axis] not in (width, width // getattr(module, "groups", 1)):
-            raise CheckpointError(
-                f"{name} is {list(weight.shape)} in the model, the checkpoint was cut from "
-                f"width {width} on axis {axis}; load it into the model it was saved from"
-            )
-
-
-def _shrink(
-    module: nn.Module, name: str, entry: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    """Give `module` the widths of the checkpoint; its tensors are loaded afterwards."""
-    for key, value in entry["attributes"].items():
-        setattr(module, key, tuple(value) if isinstance(value, list) else value)
-    for key in ("kept_in", "kept_out"):
-        if key in entry:
-            index = torch.tensor(entry[key]["index"], dtype=torch.int64)
-            setattr(module, key, channel_index(index, entry[key]["width"], f"{name}.{key}"))
-    for store in (module._parameters, module._buffers):
-        for key, value in store.items():
-            saved = tensors.get(f"{name}.{key}")
-            if value is None or saved is None:
-                continue
-            empty = torch.empty(saved.shape, dtype=saved.dtype, device="meta")
-            store[key] = (
-                nn.Parameter(empty, value.requires_grad) if store is module._parameters else empty
             )
 
 
