@@ -24,9 +24,11 @@ class DType:
 
 
 int1, int16, int32 = DType("int1", bool), DType("int16", np.int16), DType("int32", np.int32)
+uint8 = DType("uint8", np.uint8)
 int64, float32 = DType("int64", np.int64), DType("float32", np.float32)
 float16, bfloat16 = DType("float16", np.float16), DType("bfloat16", np.float32)
 OF_TORCH = {
+    torch.uint8: uint8,
     torch.int16: int16,
     torch.int32: int32,
     torch.int64: int64,
@@ -76,7 +78,7 @@ class Tensor:
             return Tensor(op(a, b), int1)
         wide = self.dtype
         if isinstance(other, Tensor) and not (self.a.ndim and not other.a.ndim):
-            order = [int1, int16, int32, int64, float16, bfloat16, float32]
+            order = [int1, uint8, int16, int32, int64, float16, bfloat16, float32]
             wide = max(self.dtype, other.dtype, key=order.index)
         elif isinstance(other, float) and wide.storage.kind != "f":
             wide = float32

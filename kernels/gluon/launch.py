@@ -40,6 +40,17 @@ class Launch(NamedTuple):
     parts: Tensor | None
 
 
+def rows_of(x: Tensor, k: int) -> Tensor:
+    """x [..., k] as [M, k]; the pitch of a single row is k, whatever it was cut from."""
+    m = math.prod(x.shape[:-1])
+    return x.view(k).view(1, k) if m == 1 else x.view(m, k)
+
+
+def is_aligned(rows: Tensor) -> bool:
+    """True if each row of x [M, K] is whole 16-byte units, which cp.async and TMA need."""
+    return rows.shape[1] % 8 == 0 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

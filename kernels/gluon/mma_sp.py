@@ -24,7 +24,14 @@ from triton.experimental.gluon import language as gl
 from slimgemm.kernels.configs import split_count
 from slimgemm.kernels.gluon.compat import barrier, cp_async, cp_async_commit, cp_async_wait
 from slimgemm.kernels.gluon.epilogue import finish
-from slimgemm.kernels.gluon.launch import Launch, check_epilogue, check_x, multiprocessors
+from slimgemm.kernels.gluon.launch import (
+    Launch,
+    check_epilogue,
+    check_x,
+    is_aligned,
+    multiprocessors,
+    rows_of,
+)
 from slimgemm.kernels.gluon.mma_tiles import MmaTile, mma_sp_tile
 from slimgemm.kernels.gluon.orders import MMA_BLOCK_K, MMA_ROWS, MmaSp
 
@@ -193,12 +200,6 @@ def _mma_sp_kernel(
     )  # fmt: skip
 
 
-def is_aligned(rows: Tensor) -> bool:
-    """True if each row of x [M, K] is whole 16-byte units, which cp.async needs."""
-    pitch = rows.stride(0) if rows.shape[0] > 1 else 0
-    return rows.shape[1] % 8 == 0 and pitch % 8 == 0 and rows.data_ptr() % 16 == 0
-
-
 def prepare(
     x: Tensor,
     w_hw: MmaSp,
@@ -211,7 +212,7 @@ def prepare(
 ) -> Launch:
     """What spmm_24_mma_sp launches; the result goes to `out`, or fp32 parts to `parts`."""
     m, n, k = math.prod(x.shape[:-1]), w_hw.n, w_hw.k
-    rows = x.view(m, k)
+    rows = rows_of(x, k)
     aligned = is_aligned(rows)
     tile = tile or mma_sp_tile(m, aligned)
     out = x.new_empty(*x.shape[:-1], n)
@@ -267,7 +268,7 @@ def spmm_24_mma_sp(
     m = math.prod(x.shape[:-1])
     if m == 0 or w_hw.n == 0:
         return x.new_empty(*x.shape[:-1], w_hw.n)
-    tile = tile or mma_sp_tile(m, is_aligned(x.view(m, w_hw.k)))
+    tile = tile or mma_sp_tile(m, is_aligned(rows_of(x, w_hw.k)))
     if splits is None:
         programs = triton.cdiv(w_hw.n, tile.rows) * triton.cdiv(m, tile.tokens)
         rounds = triton.cdiv(w_hw.k, MMA_BLOCK_K * tile.warps_k)

@@ -90,7 +90,8 @@ class WgmmaSp(NamedTuple):
     k: int
 
 
-def _checked(packed: Packed24) -> None:
+def check_packable(packed: Packed24) -> None:
+    """Raise ValueError unless `packed` is well shaped, 2:4 and of 16-bit values."""
     check_shapes(packed)
     if (packed.keep, packed.group) != (2, 4):
         raise ValueError(
@@ -136,7 +137,7 @@ def to_mma_sp(packed: Packed24) -> MmaSp:
     Raises:
         ValueError: not 2:4, not 16-bit, or shapes that do not fit the format.
     """
-    _checked(packed)
+    check_packable(packed)
     values, meta = _padded(packed, MMA_ROWS, MMA_BLOCK_K)
     tiles, blocks = values.shape[0] // MMA_ROWS, 2 * values.shape[1] // MMA_BLOCK_K
     # r % 2, g | block, step, r // 2, t, h
@@ -163,7 +164,7 @@ def to_wgmma_sp(packed: Packed24) -> WgmmaSp:
     Raises:
         ValueError: not 2:4, not 16-bit, or shapes that do not fit the format.
     """
-    _checked(packed)
+    check_packable(packed)
     _, meta = _padded(packed, WGMMA_ROWS, WGMMA_BLOCK_K)
     tiles, blocks = meta.shape[0] // WGMMA_ROWS, 8 * meta.shape[1] // WGMMA_BLOCK_K
     words = _meta_to_words(meta, 8 * tiles, blocks, 2)  # [8 tiles: tile, group, warp]
@@ -187,7 +188,7 @@ def to_cutlass_meta(packed: Packed24) -> Tensor:
     Raises:
         ValueError: N or K is no multiple of 32, which that order cannot hold.
     """
-    _checked(packed)
+    check_packable(packed)
     n, k = packed.shape
     if n % 32 or k % 32:
         raise ValueError(f"weight must be [32 i, 32 j] for CUTLASS metadata, got [{n}, {k}]")

@@ -37,7 +37,9 @@ from slimgemm.kernels.gluon.launch import (
     TmaView,
     check_epilogue,
     check_x,
+    is_aligned,
     multiprocessors,
+    rows_of,
 )
 from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_K, WGMMA_ROWS, WgmmaSp
 
@@ -268,7 +270,7 @@ def prepare(
     return Launch(
         grid=(min(tiles, programs),),
         args=(
-            TmaView(w_hw.values, (128, 64)), w_hw.meta, TmaView(x.view(m, k), (tile.box, 64)),
+            TmaView(w_hw.values, (128, 64)), w_hw.meta, TmaView(rows_of(x, k), (tile.box, 64)),
             out.view(m, n), bias, scale, m, n, k,
         ),
         constants=dict(
@@ -333,10 +335,10 @@ def spmm_24_wgmma_sp(
     m = math.prod(x.shape[:-1])
     if m == 0 or w_hw.n == 0:
         return x.new_empty(*x.shape[:-1], w_hw.n)
-    pitch = x.view(m, w_hw.k).stride(0) if m > 1 else 0
-    if w_hw.k % 8 or pitch % 8 or x.data_ptr() % 16:
+    if not is_aligned(rows_of(x, w_hw.k)):
         raise ValueError(
-            f"x must have rows of whole 16-byte units for TMA, got k = {w_hw.k}, row stride {pitch}"
+            "x must have 16-byte aligned rows of whole 16-byte units for TMA, got "
+            f"k = {w_hw.k}, strides {x.stride()}; mma_sp takes any"
         )
     launch = prepare(x, w_hw, bias, scale, act, tile=tile, programs=multiprocessors(x.device))
     args = [_descriptor(a) if isinstance(a, TmaView) else a for a in launch.args]

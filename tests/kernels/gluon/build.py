@@ -20,12 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from slimgemm.kernels.gluon import mma_sp, orders, wgmma_sp
+from slimgemm.kernels.gluon import mma_sp, orders, pack, wgmma_sp
 from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.reference import prune_24_ref
 
 POINTERS = {
+    torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.float32: "*fp32",
@@ -76,6 +77,20 @@ def cases():
             "sm_90",
             lambda t=tokens: wgmma_sp_launch(t, torch.float16, act="gelu", **full_128),
         )
+    packed = prune_24_ref(torch.zeros(128, 4096, dtype=torch.float16))
+    for arch in ("sm_80", "sm_90"):
+        table[f"pack/{arch}/values"] = (
+            arch,
+            lambda: (pack._pack_values_kernel, pack.prepare_values(packed)),
+        )
+        for rows, block_k in ((16, 256), (128, 128)):
+            table[f"pack/{arch}/words_{rows}"] = (
+                arch,
+                lambda r=rows, b=block_k: (
+                    pack._pack_words_kernel,
+                    pack.prepare_words(packed, r, b),
+                ),
+            )
     return table
 
 
@@ -124,6 +139,7 @@ def build(name, arch, make):
     if os.environ.get("SLIMGEMM_KEEP"):
         pathlib.Path(os.environ["SLIMGEMM_KEEP"]).write_text(built.asm["ptx"])
     counts = Counter(re.findall(COUNTED, sass))
+    arena = getattr(launch.constants.get("TILE"), "arena_bytes", 0)
     registers = re.findall(r"REG:(\d+)", usage)
     return {
         "name": name,
@@ -131,8 +147,7 @@ def build(name, arch, make):
         "smem": built.metadata.shared,
         "registers": int(registers[-1]) if registers else None,
         "counts": dict(counts),
-        "arena_at_zero": "global_smem" in built.asm["ptx"]
-        and arena_at_zero(built.asm["ptx"], getattr(launch.constants["TILE"], "arena_bytes", 0)),
+        "arena_at_zero": arena_at_zero(built.asm["ptx"], arena),
     }
 
 

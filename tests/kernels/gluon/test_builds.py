@@ -1,7 +1,8 @@
 """Ahead-of-time builds, in processes of their own: instructions, spills, loads, shared memory.
 
-The short set builds with the installed Triton; `-m slow` builds every shipped configuration, and
-the tiles with each further version that SLIMGEMM_TRITONS names (folders, separated by colons).
+The short set builds with the installed Triton. SLIMGEMM_BUILD_ALL=1 builds every shipped
+configuration (about 4 minutes), and SLIMGEMM_TRITONS the tiles with each further version it names
+(folders made by `pip install --no-deps --target FOLDER triton==VERSION`, separated by colons).
 """
 
 import importlib.util
@@ -20,6 +21,10 @@ from slimgemm.kernels.gluon.wgmma_sp import WGMMA_SP_TILES
 BUILD = pathlib.Path(__file__).with_name("build.py")
 EPILOGUES = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
 
+build_all = pytest.mark.skipif(
+    not os.environ.get("SLIMGEMM_BUILD_ALL"),
+    reason="SLIMGEMM_BUILD_ALL=1 builds every configuration",
+)
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or sys.platform != "linux",
     reason="needs a Triton wheel with ptxas",
@@ -88,12 +93,21 @@ def check_wgmma_sp(rows):
         assert row["counts"]["STG.E.128"] == 2 * 64 * tokens // 8 // 128, row
 
 
+def check_pack(rows):
+    for row in rows.values():
+        assert total(row, "STL") == total(row, "LDL") == 0, row
+        # 1024 int32 over 128 lanes in 16-byte stores.
+        assert row["counts"]["STG.E.128"] == 2, row
+
+
 def test_short_set(tmp_path):
     """Decode and prefill tiles where shared memory is smallest, and the other variants."""
     table = ["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"]
     others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/splits"]
     wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128"]
-    rows = build([*table, *others, *wide], tmp_path)
+    packs = ["pack/sm_80/values", "pack/sm_90/words_128"]
+    rows = build([*table, *others, *wide, *packs], tmp_path)
+    check_pack({name: rows.pop(name) for name in packs})
     check_wgmma_sp({name: rows.pop(name) for name in wide})
     check_tiles({name: rows.pop(name) for name in table})
     check_general(rows.pop("mma_sp/general/64"), 64)
@@ -101,7 +115,7 @@ def test_short_set(tmp_path):
     check_mma_sp(rows["mma_sp/splits"], "sm_90", tile=MMA_SP_TILES[8])
 
 
-@pytest.mark.slow
+@build_all
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "general"])
 def test_every_tile_on_every_architecture(arch, tmp_path):
     rows = build([f"mma_sp/{arch}/*"], tmp_path)
@@ -109,14 +123,21 @@ def test_every_tile_on_every_architecture(arch, tmp_path):
     check_tiles(rows)
 
 
-@pytest.mark.slow
+@build_all
+def test_pack(tmp_path):
+    rows = build(["pack/*"], tmp_path)
+    assert len(rows) == 6
+    check_pack(rows)
+
+
+@build_all
 def test_every_wgmma_tile(tmp_path):
     rows = build(["wgmma_sp/*"], tmp_path)
     assert len(rows) == 2 * len(WGMMA_SP_TILES)
     check_wgmma_sp(rows)
 
 
-@pytest.mark.slow
+@build_all
 def test_every_epilogue(tmp_path):
     rows = build(["mma_sp/epilogue/*", "mma_sp/scalar_scale"], tmp_path)
     assert len(rows) == len(EPILOGUES) + 1
@@ -127,7 +148,6 @@ def test_every_epilogue(tmp_path):
 OTHERS = [path for path in os.environ.get("SLIMGEMM_TRITONS", "").split(":") if path]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not OTHERS, reason="SLIMGEMM_TRITONS names no further Triton")
 @pytest.mark.parametrize("path", OTHERS or [None], ids=lambda p: pathlib.Path(p or "none").name)
 def test_other_versions_of_triton(path, tmp_path):

@@ -82,6 +82,9 @@ def test_strided_and_offset_inputs():
     check(9, 32, 256, SMALL["wide"], x=base[:, 8:264])  # 16-byte offset
     check(9, 32, 256, SMALL["wide"], x=base[:, 3:259])  # odd offset: the 2-byte path
     check(4, 32, 256, SMALL["wide"], x=base[::2][:4, 256:])
+    odd = randn(2, 257, dtype=torch.bfloat16, seed=1)
+    check(1, 32, 256, SMALL["wide"], x=odd[:1, :256])  # the pitch of a single row is no matter
+    check(2, 32, 256, SMALL["wide"], x=odd[:, :256])
 
 
 def test_leading_dims_and_dtype_of_bias():

@@ -80,6 +80,7 @@ def test_epilogues(act, size):
 def test_rows_with_a_pitch():
     base = randn(9, 512, dtype=torch.bfloat16, seed=1)
     check(9, 32, 256, SMALL, x=base[:, 256:])
+    check(1, 32, 256, SMALL, x=randn(2, 257, dtype=torch.bfloat16, seed=1)[:1, :256])
 
 
 CONSUMER, PRODUCER = wgmma_sp.consumer, wgmma_sp.producer

@@ -1,0 +1,83 @@
+"""The launchers on a GPU, against the twins: what the executor cannot show, the hardware."""
+
+import pytest
+import torch
+from helpers import assert_no_worse_than_dense, randn, random_24
+
+from slimgemm.kernels.gluon import mma_sp, orders, pack, wgmma_sp
+from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
+
+pytestmark = pytest.mark.gpu
+SHAPES = [
+    (1, 16, 8),
+    (1, 4096, 4096),
+    (8, 130, 1000),
+    (33, 300, 333),
+    (64, 512, 2048),
+    (300, 272, 776),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def needs(*capability, exact=False):
+    found = torch.cuda.get_device_capability()
+    if found < capability or (exact and found != capability):
+        pytest.skip(f"needs compute capability {capability}, has {found}")
+
+
+def problem(m, n, k, dtype):
+    packed = pack_24_ref(random_24(n, k, dtype, seed=n).cuda())
+    return packed, randn(m, k, dtype=dtype, seed=m + 1, device="cuda")
+
+
+def compare(got, x, packed, **epilogue):
+    wide = {key: t.double() if torch.is_tensor(t) else t for key, t in epilogue.items()}
+    same = {key: t.to(x.dtype) if torch.is_tensor(t) else t for key, t in epilogue.items()}
+    exact = spmm_24_ref(x.double(), packed._replace(values=packed.values.double()), **wide)
+    assert_no_worse_than_dense(got, spmm_24_ref(x, packed, **same), exact, "gluon")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mma_sp(shape, dtype):
+    needs(8, 0)
+    packed, x = problem(*shape, dtype)
+    weight = orders.to_mma_sp(packed)
+    compare(mma_sp.spmm_24_mma_sp(x, weight), x, packed)
+    compare(mma_sp.spmm_24_mma_sp(x, weight, splits=3), x, packed)
+    again = mma_sp.spmm_24_mma_sp(x, weight)
+    assert torch.equal(again, mma_sp.spmm_24_mma_sp(x, weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] % 8 == 0], ids=str)
+@pytest.mark.parametrize("tokens", wgmma_sp.WGMMA_SP_TILES, ids=str)
+def test_wgmma_sp(tokens, shape, dtype):
+    needs(9, 0, exact=True)
+    packed, x = problem(*shape, dtype)
+    tile = wgmma_sp.WGMMA_SP_TILES[tokens]
+    got = wgmma_sp.spmm_24_wgmma_sp(x, orders.to_wgmma_sp(packed), tile=tile)
+    compare(got, x, packed)
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_epilogues(act):
+    needs(8, 0)
+    packed, x = problem(40, 200, 256, torch.float16)
+    extra = dict(bias=randn(200, seed=3, device="cuda"), scale=randn(200, seed=4, device="cuda"))
+    narrow = orders.to_mma_sp(packed)
+    compare(mma_sp.spmm_24_mma_sp(x, narrow, act=act, **extra), x, packed, act=act, **extra)
+    needs(9, 0, exact=True)
+    wide = orders.to_wgmma_sp(packed)
+    compare(wgmma_sp.spmm_24_wgmma_sp(x, wide, act=act, **extra), x, packed, act=act, **extra)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pack_kernels_write_the_bits_of_the_twins(shape):
+    needs(8, 0)
+    packed, _ = problem(*shape, torch.float16)
+    for got, want in (
+        (pack.pack_mma_sp(packed), orders.to_mma_sp(packed)),
+        (pack.pack_wgmma_sp(packed), orders.to_wgmma_sp(packed)),
+    ):
+        assert torch.equal(got.values, want.values) and torch.equal(got.meta, want.meta)
