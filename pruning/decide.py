@@ -222,7 +222,7 @@ def _store(request: Request, drops: Mapping[str, int]) -> Store | None:
         return None
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise ValueError(
-            "resume= and torch.distributed cannot be combined: processes killed at different groups "
+            "resume= and torch.distributed cannot be combined: processes killed apart "
             "would wait for each other; leave one of them out"
         )
     assert request.batches is not None

@@ -19,6 +19,7 @@ from torch import Tensor
 from slimgemm.pruning.transposable import transposable_mask
 
 LOWEST = float("-inf")
+SHORT = 16  # axes up to this length are ranked by comparing all pairs, without a sort
 INDEX_BYTES = 4  # one int32 column index per kept unit, block or vector
 
 
@@ -39,10 +40,22 @@ def like_weight(rows: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def keep_highest(scores: Tensor, keep: int) -> Tensor:
     """bool like `scores`: the `keep` highest along the last axis; ties go to the lower index."""
+    if scores.shape[-1] <= SHORT:
+        return _rank(scores) < keep
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :keep]
     return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(
         -1, order, torch.ones_like(order, dtype=torch.bool)
     )
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """uint8 like `scores`: how many of the last axis come before each; for short axes."""
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    rank = torch.zeros(scores.shape, dtype=torch.uint8, device=scores.device)
+    for j, other in enumerate(scores.unbind(-1)):
+        column = other.unsqueeze(-1)
+        rank += (column > scores) | ((column == scores) & (place > j))
+    return rank
 
 
 def _pad(rows: Tensor, r: int, c: int, value: float) -> Tensor:

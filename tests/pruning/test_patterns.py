@@ -129,3 +129,14 @@ def test_refusals():
     assert "no 2-D kernels" in str(Kernel().refusal((4, 4)))
     assert "3 dimensions" in str(NofM().refusal((4, 4, 3)))
     assert NofM().refusal((4, 4)) is None
+
+
+@pytest.mark.parametrize("width", [1, 4, 16, 17, 40])
+def test_short_and_long_axes_rank_alike(width):
+    scores = torch.randint(0, 4, (50, width), generator=torch.Generator().manual_seed(0)).float()
+    scores[:, :1] = float("-inf")
+    for keep in {0, 1, width // 2, width}:
+        got = keep_highest(scores, keep)
+        for row, mask in zip(scores.tolist(), got.tolist(), strict=True):
+            best = sorted(range(width), key=lambda i: (-row[i], i))[:keep]
+            assert [i for i, kept in enumerate(mask) if kept] == sorted(best)
