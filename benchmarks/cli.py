@@ -84,6 +84,29 @@ def demo(
         _fail(f"the demo failed: {'; '.join(failed)}", 1)
 
 
+@app.command()
+def kernels(
+    op: Annotated[str | None, typer.Option(help="One op, for example spmm_24.")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, gfx942, ...; may be repeated. Default: all.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the reports.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Compilers that run side by side.")] = 2,
+) -> None:
+    """Build every kernel ahead of time and print registers, spills and instructions. No GPU needed.
+
+    Exit code 1 if a build fails, spills or takes too much shared memory, 2 for bad input.
+    """
+    from slimgemm.kernels.build import kernels_command
+
+    try:
+        status = kernels_command(op, arch, dtype, out, jobs)
+    except ValueError as error:
+        _fail(str(error), 2)
+    raise typer.Exit(status)
+
+
 def _fail(message: str, code: int) -> NoReturn:
     """Say what is wrong on stderr and leave with this exit code."""
     typer.echo(f"error: {message}", err=True)

@@ -35,7 +35,7 @@ class ChannelLayout(NamedTuple):
         run: RANGE, RAGGED, or the length of the aligned runs.
     """
 
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # hides tuple.index
     width: int
     kept: int
     start: int = 0

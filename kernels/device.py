@@ -166,7 +166,7 @@ def matmul_precision(dtype: torch.dtype) -> str:
 
 def conv_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot for a convolution: tf32 if torch.backends allows it."""
-    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
     return "tf32" if tf32 else "ieee"
 
 
@@ -174,7 +174,7 @@ class Rows(NamedTuple):
     """An operand [..., columns] seen as rows numbered over two axes; `row_offsets` reads it."""
 
     tensor: torch.Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     inner: int
     stride_outer: int
     stride_inner: int

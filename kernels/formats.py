@@ -180,7 +180,7 @@ class ChannelIndex(NamedTuple):
         width: channels of the dense axis.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     width: int
 
     @property

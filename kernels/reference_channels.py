@@ -183,7 +183,7 @@ def check_conv_wgrad(
     if ins.kept % groups:
         raise ValueError(f"in_index must keep a number that {groups} groups divide, got {ins.kept}")
     check_conv_channels(x.shape[1], kernel, ins, outs, (ins.kept, outs.kept), groups, x.device)
-    want = (x.shape[0], outs.width, *output_size(*x.shape[2:], kernel, geometry))
+    want = (x.shape[0], outs.width, *output_size(x.shape[2], x.shape[3], kernel, geometry))
     if tuple(dy.shape) != want:
         raise ValueError(f"dy must be {list(want)} for this x, got {list(dy.shape)}")
     return ins, outs
@@ -191,7 +191,7 @@ def check_conv_wgrad(
 
 def take(x: Tensor, layout: ChannelLayout, dim: int) -> Tensor:
     """The kept channels of axis `dim`; a view where they are a range."""
-    if layout.run == RANGE:
+    if layout.index is None or layout.run == RANGE:
         return x.narrow(dim, layout.start, layout.kept)
     return x.index_select(dim, layout.index)
 
@@ -207,7 +207,7 @@ def put(
         # is_contiguous() ignores the strides of axes of size 1, which a caller can see.
         return y if y.stride() == wide.stride() else wide.copy_(y)
     wide.zero_()
-    if layout.run == RANGE:
+    if layout.index is None or layout.run == RANGE:
         wide.narrow(dim, layout.start, layout.kept).copy_(y)
         return wide
     return wide.index_copy_(dim, layout.index, y)
@@ -250,7 +250,7 @@ def conv2d_channels_ref(
     geometry = conv_geometry(w.shape[2:], stride, padding, dilation, groups)
     ins, outs = check_conv(x, w, in_index, out_index, geometry)
     check_bias_act(x, w.shape[0], bias, act)
-    high, wide = output_size(*x.shape[2:], w.shape[2:], geometry)
+    high, wide = output_size(x.shape[2], x.shape[3], w.shape[2:], geometry)
     kept = w.shape[0]
     if x.shape[0] * kept * high * wide == 0 or ins.kept == 0:
         # torch refuses some empty convolutions; the sum over no channels is the bias.

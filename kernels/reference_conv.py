@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import grad
 
 from slimgemm.kernels.conv_layout import (
     Convolution,
@@ -81,7 +82,7 @@ def conv2d_24_dgrad_ref(
     # Only the shape of the input is read: one element stands for all.
     padded, options = _pad(dy.new_empty(1).expand(*input_shape), conv)
     dense = unpack_conv_ref(w, weight_shape)
-    dx = torch.nn.grad.conv2d_input(padded.shape, dense, dy, **options)
+    dx = grad.conv2d_input(padded.shape, dense, dy, **options)
     if padded.shape[2:] != tuple(input_shape[2:]):
         top, _, left, _ = conv.padding
         dx = dx[:, :, top : top + input_shape[2], left : left + input_shape[3]]
@@ -100,5 +101,5 @@ def conv2d_24_wgrad_ref(
     check_image("x", x, conv.channels * groups, w.values)
     check_output_gradient(dy, x.shape, conv)
     padded, options = _pad(x, conv)
-    dw = torch.nn.grad.conv2d_weight(padded, conv.weight_shape, dy, **options)
+    dw = grad.conv2d_weight(padded, conv.weight_shape, dy, **options)
     return gather_24_ref(conv_matrix(dw), w)

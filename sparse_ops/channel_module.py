@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ class ChannelModule(nn.Module):
         return (self.in_index % max(per_group, 1)).view(self.groups, 1, self.weight.shape[1])
 
     @torch.no_grad()
-    def _take_from(self, dense: nn.Module) -> None:
+    def _take_from(self, dense: nn.Linear | nn.Conv2d) -> None:
         """Take the kept part of the weight and bias of `dense`; a whole bias is shared."""
         weight, bias = dense.weight, dense.bias
         chosen = weight.detach()
@@ -209,7 +209,7 @@ class ChannelModule(nn.Module):
         self.weight = nn.Parameter(chosen.reshape(self.weight.shape).clone(), weight.requires_grad)
         if bias is not None and self.out_index is not None:
             bias = nn.Parameter(bias.index_select(0, self.out_index), bias.requires_grad)
-        self.register_parameter("bias", bias)
+        self.register_parameter("bias", cast(nn.Parameter, bias))
         self.train(dense.training)
 
     @torch.no_grad()

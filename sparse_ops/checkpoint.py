@@ -239,9 +239,10 @@ def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
         owner, _, key = name.rpartition(".")
         other, _, other_key = alias.rpartition(".")
         first, second = model.get_submodule(owner), model.get_submodule(other)
-        for mine, theirs in (
+        stores: list[tuple[Any, Any]] = [
             (first._parameters, second._parameters),
             (first._buffers, second._buffers),
-        ):
+        ]
+        for mine, theirs in stores:
             if key in mine and other_key in theirs:
                 theirs[other_key] = mine[key]

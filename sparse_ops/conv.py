@@ -124,7 +124,7 @@ class SparseConv2d24(PackedModule):
             False, conv.padding_mode, "meta", conv.weight.dtype, keep=keep, group=group,
         )  # fmt: skip
         module.values.requires_grad_(conv.weight.requires_grad)
-        module.register_parameter("bias", conv.bias)
+        module.register_parameter("bias", cast(nn.Parameter, conv.bias))
         return module.train(conv.training)
 
     def to_dense(self) -> nn.Conv2d:

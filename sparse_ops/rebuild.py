@@ -6,12 +6,12 @@ layer that was swapped by which class ("swapped"). A layer can be both: it is sh
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from slimgemm.kernels.formats import ChannelIndex, channel_index, check
+from slimgemm.kernels.formats import ChannelIndex, Packed24, channel_index, check
 from slimgemm.sparse_ops.swap import CONVERTERS, carry_over, modules_with_names, replace
 
 TWINS = {twin.__name__: twin for pair in CONVERTERS.values() for twin in pair}
@@ -39,10 +39,10 @@ def swapped_entries(model: nn.Module) -> Entries:
             continue
         if hasattr(module, "packed"):
             try:
-                check(module.packed)
+                check(cast(Packed24, module.packed))
             except ValueError as error:
                 raise ValueError(f"{names[0] or 'the model'}: {error}") from error
-        dense = module.to_dense()
+        dense = cast(Any, module).to_dense()
         entries[names[0]] = {
             "class": type(module).__name__,
             "replaces": type(dense).__name__,
@@ -62,7 +62,7 @@ def shrunk_entries(model: nn.Module) -> Entries:
         kept = {key: index for key, index in kept.items() if isinstance(index, ChannelIndex)}
         if not kept:
             continue
-        dense = module.to_dense() if type(module).__name__ in TWINS else module
+        dense = cast(Any, module).to_dense() if type(module).__name__ in TWINS else module
         tensors = dict(dense.named_parameters(recurse=False))
         tensors |= dict(dense.named_buffers(recurse=False))
         entries[name] = {
@@ -136,7 +136,7 @@ def _shrink(module: nn.Module, name: str, entry: dict[str, Any]) -> None:
 
 def _twin(model: nn.Module, name: str, entry: dict[str, Any]) -> nn.Module:
     """An empty module of the checkpoint's class for one layer."""
-    dense = _get(model, name)
+    dense: Any = _get(model, name)
     if type(dense).__name__ != entry["replaces"] or entry["class"] not in TWINS:
         raise CheckpointError(
             f"{name} is a {type(dense).__name__} in the model, the checkpoint packs a "

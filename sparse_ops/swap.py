@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from slimgemm.kernels.formats import check, check_pattern
+from slimgemm.kernels.formats import Packed24, check, check_pattern
 from slimgemm.sparse_ops.channels import ChannelConv2d, ChannelLinear
 from slimgemm.sparse_ops.conv import SparseConv2d24
 from slimgemm.sparse_ops.linear import SparseLinear24
@@ -294,7 +294,7 @@ def choose(module: nn.Module, x: Tensor | None, keep: int, group: int) -> Choice
             twin = channels.from_dense(module)
         except ValueError:
             return Choice(None, str(error))
-    dense_bytes = module.weight.nbytes
+    dense_bytes = cast(Tensor, module.weight).nbytes
     if twin.nbytes > (1 - LEAST_SAVING) * dense_bytes:
         return Choice(None, f"packed it would take {twin.nbytes} bytes")
     if x is None or not x.is_cuda:
@@ -326,7 +326,7 @@ def keep_shared(found: dict[nn.Module, list[str]], choices: dict[nn.Module, Choi
                 choices[module] = Choice(None, why)
 
 
-def kind_of(twin: nn.Module) -> str:
+def kind_of(twin: Any) -> str:
     """What a packed module keeps: keep:group, or its kept channels."""
     if hasattr(twin, "keep"):
         return f"{twin.keep}:{twin.group}"
@@ -360,7 +360,7 @@ def decompress(model: nn.Module) -> nn.Module:
         if to_dense is None:
             continue
         if hasattr(module, "packed"):
-            check(module.packed)
+            check(cast(Packed24, module.packed))
         dense = to_dense()
         key = id(module.values) if hasattr(module, "values") else id(module.weight)
         dense.weight = weights.setdefault(key, dense.weight)

@@ -120,11 +120,11 @@ def _parameters(name: str, dense: nn.Module, reference: nn.Module, groups: int) 
 
 def _kept(tensor: Tensor, shape: torch.Size, module: nn.Module) -> Tensor:
     """`tensor` at the kept channels of a shrunk module, or as it is."""
-    for axis, index in enumerate(
-        (getattr(module, "kept_out", None), getattr(module, "kept_in", None))
-    ):
-        fits = axis < tensor.ndim and isinstance(index, ChannelIndex)
-        if fits and tensor.shape[axis] == index.width and shape[axis] == index.kept:
+    for axis, key in enumerate(("kept_out", "kept_in")):
+        index = getattr(module, key, None)
+        if axis >= tensor.ndim or not isinstance(index, ChannelIndex):
+            continue
+        if tensor.shape[axis] == index.width and shape[axis] == index.kept:
             tensor = tensor.index_select(axis, index.index.to(tensor.device))
     return tensor
 
