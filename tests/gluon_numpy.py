@@ -97,6 +97,7 @@ def namespace(block: Block) -> types.SimpleNamespace:
         program_id=lambda axis: Tensor(np.int32(block.pid[axis]), int32),
         num_programs=lambda axis: Tensor(np.int32(block.grid[axis]), int32),
         load=load, store=store, where=where, static_range=range, static_assert=check,
+        split=lambda x: tuple(Tensor(x.a[..., i], x.dtype) for i in range(2)),
         sum=lambda x, axis: Tensor(x.a.sum(axis, dtype=x.a.dtype), x.dtype),
         exp=elementwise(np.exp), erf=elementwise(erf),
         minimum=minimum, cdiv=lambda a, b: -(-a // b),

@@ -160,6 +160,34 @@ def producer(w_desc, x_desc, arena, full, empty, M, N, K, TILE: gl.constexpr, GR
 
 
 @gluon.jit
+def store_tokens(
+    acc, y_ptr, first_m, first_n, M, N,
+    TOKENS: gl.constexpr, OUT: gl.constexpr, ACT: gl.constexpr,
+):  # fmt: skip
+    """Activation of acc [64, TOKENS], and its transpose to rows first_m ... of Y."""
+    y = activate(acc, ACT).to(y_ptr.dtype.element_ty).permute([1, 0])
+    # Through shared memory, so that a lane stores 16 bytes of one token.
+    y = gl.convert_layout(y, OUT)
+    token = first_m + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, OUT))
+    feature = first_n + gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
+    at = y_ptr + (token.to(gl.int64) * N)[:, None] + feature[None, :]
+    gl.store(at, y, mask=(token < M)[:, None] & (feature < N)[None, :])
+
+
+@gluon.jit
+def store_half(
+    acc, y_ptr, first_m, first_n, M, N,
+    TOKENS: gl.constexpr, OUT: gl.constexpr, ACT: gl.constexpr,
+):  # fmt: skip
+    """store_tokens in two parts; the branches keep the second from being begun before its turn."""
+    low, high = gl.split(acc.reshape([64, 2, TOKENS // 2]).permute([0, 2, 1]))
+    if first_m < M:
+        store_tokens(low, y_ptr, first_m, first_n, M, N, TOKENS // 2, OUT, ACT)
+    if first_m + TOKENS // 2 < M:
+        store_tokens(high, y_ptr, first_m + TOKENS // 2, first_n, M, N, TOKENS // 2, OUT, ACT)
+
+
+@gluon.jit
 def consumer(
     arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
     WG: gl.constexpr, TILE: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -209,13 +237,16 @@ def consumer(
         if HAS_BIAS:
             bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
             acc = acc + bias[:, None]
-        y = activate(acc, ACT).to(y_ptr.dtype.element_ty).permute([1, 0])
-        # Through shared memory, so that a lane stores 16 bytes of one token.
-        y = gl.convert_layout(y, OUT)
-        token = pid_m * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, OUT))
-        feature = pid_n * 128 + WG * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
-        at = y_ptr + (token.to(gl.int64) * N)[:, None] + feature[None, :]
-        gl.store(at, y, mask=(token < M)[:, None] & (feature < N)[None, :])
+        first_n = pid_n * 128 + WG * 64
+        if TOKENS > 128:
+            # A quarter at a time: all at once, the erf of 128 values spills.
+            halves = acc.reshape([64, 2, TOKENS // 2]).permute([0, 2, 1])
+            low, high = gl.split(halves)
+            store_half(low, y_ptr, pid_m * TOKENS, first_n, M, N, TOKENS // 2, OUT, ACT)
+            second = pid_m * TOKENS + TOKENS // 2
+            store_half(high, y_ptr, second, first_n, M, N, TOKENS // 2, OUT, ACT)
+        else:
+            store_tokens(acc, y_ptr, pid_m * TOKENS, first_n, M, N, TOKENS, OUT, ACT)
 
 
 @gluon.jit

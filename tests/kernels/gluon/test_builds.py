@@ -75,8 +75,10 @@ def check_tiles(rows):
         _, arch, most = name.split("/")
         if arch == "general":
             check_general(row, int(most))
-            continue
-        check_mma_sp(row, arch, tile=MMA_SP_TILES[int(most)])
+        elif arch == "gelu":
+            check_mma_sp(row, "sm_90", "F16", MMA_SP_TILES[int(most)])
+        else:
+            check_mma_sp(row, arch, tile=MMA_SP_TILES[int(most)])
 
 
 def check_wgmma_sp(rows):
@@ -116,7 +118,7 @@ def test_short_set(tmp_path):
 
 
 @build_all
-@pytest.mark.parametrize("arch", [*ARCHITECTURES, "general"])
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, "general", "gelu"])
 def test_every_tile_on_every_architecture(arch, tmp_path):
     rows = build([f"mma_sp/{arch}/*"], tmp_path)
     assert len(rows) == len(MMA_SP_TILES)
@@ -151,7 +153,7 @@ OTHERS = [path for path in os.environ.get("SLIMGEMM_TRITONS", "").split(":") if 
 @pytest.mark.skipif(not OTHERS, reason="SLIMGEMM_TRITONS names no further Triton")
 @pytest.mark.parametrize("path", OTHERS or [None], ids=lambda p: pathlib.Path(p or "none").name)
 def test_other_versions_of_triton(path, tmp_path):
-    cases = ["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64", "wgmma_sp/sm_90/*"]
+    cases = ["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64", "wgmma_sp/*"]
     rows = build(cases, tmp_path, path)
     assert {row["triton"] for row in rows.values()} == {pathlib.Path(path).name}
     check_wgmma_sp({n: row for n, row in rows.items() if n.startswith("wgmma")})

@@ -83,7 +83,7 @@ def test_rows_with_a_pitch():
     check(1, 32, 256, SMALL, x=randn(2, 257, dtype=torch.bfloat16, seed=1)[:1, :256])
 
 
-CONSUMER, PRODUCER = wgmma_sp.consumer, wgmma_sp.producer
+CONSUMER, PRODUCER, STORE = wgmma_sp.consumer, wgmma_sp.producer, wgmma_sp.store_tokens
 FULL_WAIT = "mbarrier.wait(full.index(slot), (step // STAGES) & 1)"
 EMPTY_WAIT = "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)"
 MASK = "mask=(token < M)[:, None] & (feature < N)[None, :]"
@@ -103,8 +103,8 @@ FAULTS = {  # name: function, old, new, message
     "metadata past the last block": (
         CONSUMER, "gl.minimum(block + 1, blocks - 1)", "(block + 1)", "out of bounds: words_ptr",
     ),
-    "store past Y": (CONSUMER, MASK, MASK.replace("token < M", "token < M + 64"), "y_ptr"),
-    "features past Y": (CONSUMER, MASK, "mask=(token < M)[:, None]", "stored twice|y_ptr"),
+    "store past Y": (STORE, MASK, MASK.replace("token < M", "token < M + 64"), "y_ptr"),
+    "features past Y": (STORE, MASK, "mask=(token < M)[:, None]", "stored twice|y_ptr"),
     "second half of X": (
         wgmma_sp.wgmma_sp_asm, "(tokens * 128 // 16)", "(tokens * 64 // 16)", "before it was read",
     ),
