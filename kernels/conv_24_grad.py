@@ -174,6 +174,9 @@ def _conv2d_24_wgrad_kernel(
         )  # fmt: skip
         acc = dot(dy_t, x, acc, PRECISION)
 
+    # The padding of C is +0.0 by the format, also where dy holds a NaN.
+    channel = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K)) % CP
+    acc = tl.where((channel < C)[None, :], acc, 0.0)
     dv_ptr += part.to(tl.int64) * stride_part
     store_kept(
         dv_ptr, m_ptr, acc, offs_n, pid_k * (BLOCK_K // 8), last_n, columns,

@@ -30,6 +30,8 @@ CONVERTERS: dict[type[nn.Module], tuple[Any, Any]] = {
     nn.Linear: (SparseLinear24, ChannelLinear),
     nn.Conv2d: (SparseConv2d24, ChannelConv2d),
 }
+# Their fast paths read the weights of the layers inside them, which a pass of the model shows.
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # A layer is swapped when that saves at least this share of its weight's bytes.
 LEAST_SAVING = 0.1
 
@@ -259,11 +261,15 @@ def compress(
         raise ValueError(f"ignore names no linear or convolution of the model: {sorted(unknown)}")
     holders = dense_holders(model)
     seen = None if example_inputs is None else seen_inputs(model, list(found), example_inputs)
+    readers = [m for m in model.modules() if isinstance(m, READERS)] if seen is None else []
+    read = {layer for reader in readers for layer in reader.modules()}
     timed = only_if_faster and seen is not None
     choices: dict[nn.Module, Choice] = {}
     for module, names in found.items():
         mine = [name for name in holders.get(id(module.weight), []) if name not in names]
         reason = "named in ignore" if set(ignore) & set(names) else refusal(module, mine, seen)
+        if not reason and module in read:
+            reason = "a module around it may read its weight; pass example_inputs to find out"
         choices[module] = Choice(None, reason)
         if not reason:
             x = seen[module] if timed and seen is not None else None

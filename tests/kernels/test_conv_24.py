@@ -394,3 +394,14 @@ def test_bad_gradients_are_refused(device):
         conv2d_24_wgrad(dy, x.expand(2, -1, -1, -1), packed, shape)
     with pytest.raises(ValueError, match="meta must be uint8"):
         conv2d_24_wgrad(dy, x, Packed24(packed.values, packed.meta[:, :-1], packed.k), shape)
+
+
+def test_a_nan_in_dy_leaves_the_padding_of_the_channels_zero(device):
+    w = conv_weight_24(3, 5, (1, 1), torch.float32, device=device)
+    packed = pack_conv(w)
+    x = randn(2, 5, 4, 4, seed=2, device=device)
+    dy = randn(2, 3, 4, 4, seed=3, device=device)
+    dy[0, 1, 0, 0] = float("nan")
+    got = conv2d_24_wgrad(dy, x, packed, w.shape)
+    want = reference_conv.conv2d_24_wgrad_ref(dy, x, packed, w.shape)
+    assert want.isnan().any() and torch.equal(got.isnan(), want.isnan())

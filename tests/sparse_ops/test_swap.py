@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_no_worse_than_dense, randn
+from helpers import assert_no_worse_than_dense, randn, random_24
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -542,3 +542,50 @@ def test_whole_models_keep_outputs_and_gradients(kind):
     decompress(model)
     for name, parameter in dense.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter)
+
+
+def test_without_inputs_layers_whose_weights_may_be_read_stay_dense():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    for linear in (layer.linear1, layer.linear2):
+        linear.weight.data = random_24(*linear.weight.shape)
+    model = nn.Sequential(nn.Linear(16, 16), layer).eval()
+    model[0].weight.data = random_24(16, 16)
+    report = compress(model)
+    assert [r.name for r in report.packed] == ["0"]
+    reasons = {r.name: r.reason for r in report.layers if not r.packed}
+    assert "pass example_inputs" in reasons["1.linear1"]
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 16))
+
+
+def test_convolutions_and_lone_channels_are_swapped_and_come_back():
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3, padding=1, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(256, 24)
+    )
+    rows = random_24(16 * 9, 8).view(16, 3, 3, 8)
+    model[0].weight.data = rows.permute(0, 3, 1, 2).contiguous()
+    with torch.no_grad():
+        model[3].weight[:, 100:] = 0
+        model[3].weight[3:9] = 0
+        model[3].bias[3:9] = 0
+    x = randn(2, 8, 8, 8, seed=5)
+    dense = copy.deepcopy(model)
+    report = compress(model, x)
+    kinds = {r.name: r.kind for r in report.packed}
+    assert kinds == {"0": "2:4", "3": "100 of 256 in, 18 of 24 out"}
+    assert all(r.packed_bytes < r.dense_bytes for r in report.packed)
+    exact = copy.deepcopy(dense).double()(x.double())
+    assert_no_worse_than_dense(model(x), dense(x), exact, "swapped")
+    decompress(model)
+    for mine, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert model[3].__dict__.keys() == dense[3].__dict__.keys()
+
+
+def test_a_layer_that_would_take_more_bytes_packed_stays_dense():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3))
+    with torch.no_grad():
+        model[0].weight[:, 2] = 0  # 2 of 3 channels: 2:4, but padded to 8
+    (layer,) = compress(model, torch.zeros(1, 3, 8, 8)).layers
+    assert not layer.packed and "bytes" in layer.reason
+    assert type(model[0]) is nn.Conv2d
