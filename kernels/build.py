@@ -95,6 +95,7 @@ def _worker() -> None:
             reports = [Report(build.op, "", *build[1:], error=f"{type(error).__name__}: {error}")]
         answers.write(json.dumps([asdict(report) for report in reports]) + "\n")
         answers.flush()
+    os._exit(0)  # Triton's bindings print what they leaked on an ordinary exit
 
 
 def run(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from slimgemm.kernels.build_gluon import MMA_SP_ARCHS, spmm_24_mma_sp, spmm_24_wgmma_sp
 from slimgemm.kernels.build_operands import (
     ALIGNED,
     CHANNELS,
@@ -33,9 +34,6 @@ from slimgemm.kernels.build_operands import (
 )
 from slimgemm.kernels.configs import SPMM_24_TILES, SPMM_24_WGRAD_TILE, Tile
 from slimgemm.kernels.formats import PATTERNS
-from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES
-from slimgemm.kernels.gluon.orders import to_mma_sp
-from slimgemm.kernels.reference import prune_24_ref
 
 DTYPES = {
     "fp16": torch.float16,
@@ -44,6 +42,7 @@ DTYPES = {
     "tf32": torch.float32,  # products of fp32 operands where torch.backends allows tf32
 }
 STORED_DTYPES = ("fp16", "bf16", "fp32")
+SPARSE_DTYPES = ("fp16", "bf16")  # of the sparse tensor cores
 
 # (architecture, dtype) -> why products of that dtype are not built for it.
 UNSUPPORTED = {
@@ -254,25 +253,6 @@ def _conv2d_24_wgrad(dtype: torch.dtype, arch: str):
         yield f"out {out}" + (" split" if split > 1 else ""), launch
 
 
-def _spmm_24_mma_sp(dtype: torch.dtype, arch: str):
-    """Every tile of the sparse tensor core kernel with a full epilogue, split, and any strides."""
-    file = importlib.import_module("slimgemm.kernels.gluon.mma_sp")
-    _, n, k = ALIGNED
-
-    def warm(m: int, k: int, splits: int) -> Any:
-        bias, x = operand(n, dtype=dtype), operand(m, k, dtype=dtype)
-        weight = to_mma_sp(prune_24_ref(torch.zeros(n, k, dtype=dtype)))
-        tile = MMA_SP_TILES[m]
-        go = file.prepare(x, weight, bias, bias, "gelu", tile=tile, splits=splits)
-        warmup = file._mma_sp_kernel.warmup
-        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
-
-    for m in MMA_SP_TILES:
-        yield f"m {m}", functools.partial(warm, m, k, 1)
-        yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
-        yield f"m {m} split", functools.partial(warm, m, k, 4)
-
-
 OPS = {
     "pack_24": Op(_pack_24, STORED_DTYPES, False),
     "prune_24": Op(
@@ -285,7 +265,8 @@ OPS = {
     "spmm_24": Op(_spmm_24, tuple(DTYPES), True),
     "spmm_24_dgrad": Op(_spmm_24_dgrad, tuple(DTYPES), True),
     "spmm_24_wgrad": Op(_spmm_24_wgrad, tuple(DTYPES), True),
-    "spmm_24_mma_sp": Op(_spmm_24_mma_sp, ("fp16", "bf16"), True, ARCHITECTURES, "_mma_sp_kernel"),
+    "spmm_24_mma_sp": Op(spmm_24_mma_sp, SPARSE_DTYPES, True, MMA_SP_ARCHS, "_mma_sp_kernel"),
+    "spmm_24_wgmma_sp": Op(spmm_24_wgmma_sp, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"),
     "conv2d_24": Op(_conv2d_24, tuple(DTYPES), True),
     "conv2d_24_dgrad": Op(functools.partial(_conv2d_24, backward=True), tuple(DTYPES), True),
     "conv2d_24_wgrad": Op(_conv2d_24_wgrad, tuple(DTYPES), True),
