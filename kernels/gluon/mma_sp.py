@@ -34,6 +34,7 @@ from slimgemm.kernels.gluon.launch import (
 )
 from slimgemm.kernels.gluon.mma_tiles import MmaTile, mma_sp_tile
 from slimgemm.kernels.gluon.orders import MMA_BLOCK_K, MMA_ROWS, MmaSp
+from slimgemm.kernels.gluon.place import place_of
 
 PTX_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -99,6 +100,8 @@ def _mma_sp_kernel(
     STAGES: gl.constexpr = TILE.stages
     AHEAD: gl.constexpr = TILE.ahead
     SUBS: gl.constexpr = 8 // STEPS  # stages per 256-column block
+    TOKENS: gl.constexpr = TILE.tokens
+    ROWS: gl.constexpr = TILE.rows
     FRAGMENT: gl.constexpr = TILE.fragment
     X_FRAGMENT: gl.constexpr = TILE.x_fragment
     X_COPY: gl.constexpr = TILE.x_copy
@@ -107,13 +110,7 @@ def _mma_sp_kernel(
     A_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, FRAGMENT))
     B_LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, FRAGMENT))
 
-    # GROUP row tiles share their X tiles in L2 before the next token tile is taken.
-    tiles_m = gl.cdiv(M, TILE.tokens)
-    pid = gl.program_id(0)
-    group = pid // (GROUP * tiles_m)
-    size = gl.minimum(gl.cdiv(N, TILE.rows) - group * GROUP, GROUP)
-    pid_n = group * GROUP + pid % (GROUP * tiles_m) % size
-    pid_m = pid % (GROUP * tiles_m) // size
+    pid_n, pid_m = place_of(gl.program_id(0), M, N, TOKENS, ROWS, GROUP)
     blocks = gl.cdiv(K, 256)
     per_split = gl.cdiv(gl.cdiv(blocks, WK), SPLITS)
     first = gl.program_id(1) * per_split
@@ -131,12 +128,12 @@ def _mma_sp_kernel(
     words_at = words_ptr + place * 128 + e[None, None, None, :]
 
     # Row of a stage: warp slice of K, then token. Column: a pair of neighbouring values of X.
-    ring = gl.allocate_shared_memory(gl.int32, [STAGES, WK * 8 * NT * WM, 16 * STEPS], X_SHARED)
-    row = gl.arange(0, WK * 8 * NT * WM, layout=gl.SliceLayout(1, X_COPY))
+    ring = gl.allocate_shared_memory(gl.int32, [STAGES, WK * TOKENS, 16 * STEPS], X_SHARED)
+    row = gl.arange(0, WK * TOKENS, layout=gl.SliceLayout(1, X_COPY))
     column = gl.arange(0, 16 * STEPS, layout=gl.SliceLayout(0, X_COPY))
-    token = pid_m * (8 * NT * WM) + row % (8 * NT * WM)
+    token = pid_m * TOKENS + row % TOKENS
     row_stride = stride_xm // 8 * 4 if ALIGNED else stride_xm
-    pair0 = (row // (8 * NT * WM) * 128)[:, None] + column[None, :]
+    pair0 = (row // TOKENS * 128)[:, None] + column[None, :]
     x_at = x_ptr + (token.to(gl.int64) * row_stride)[:, None] + pair0 * (1 if ALIGNED else 2)
 
     for s in gl.static_range(STAGES - 1):

@@ -14,7 +14,6 @@ m64n256k32 of 128 cycles is 144 bytes per cycle where 128 are to be had (NOTES.m
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -42,47 +41,10 @@ from slimgemm.kernels.gluon.launch import (
     rows_of,
 )
 from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_K, WGMMA_ROWS, WgmmaSp
+from slimgemm.kernels.gluon.place import place_of
+from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile, wgmma_sp_tile
 
 PTX_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-UNIT_BYTES = 16384  # one unit of the arena: 128 rows of 128 bytes
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 24
-
-
-@dataclasses.dataclass(frozen=True)
-class WgmmaTile:
-    """128 out features x `tokens` (64, 128 or 256), `stages` of 128 dense columns in flight."""
-
-    tokens: int
-    stages: int
-
-    @property
-    def units(self) -> int:
-        """16 KiB units per stage: one of W, tokens / 64 of X."""
-        return 1 + self.tokens // 64
-
-    @property
-    def box(self) -> int:
-        """Rows of one TMA box of X."""
-        return min(self.tokens, 128)
-
-    @property
-    def arena_bytes(self) -> int:
-        return self.stages * self.units * UNIT_BYTES
-
-    @property
-    def accumulator(self) -> gl.NVMMADistributedLayout:
-        """[64, tokens] of one warpgroup, in the register order of wgmma."""
-        return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, self.tokens, 16])
-
-    @property
-    def out(self) -> gl.BlockedLayout:
-        """[tokens, 64] of Y: 8 values (16 bytes) a lane, 8 lanes along the out features."""
-        return gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-
-
-# Tokens up to which a row is taken -> tile; the last row serves every larger count. Predictions
-# (NOTES.md): stages fill 227 KiB, less what the epilogue's transposition takes.
-WGMMA_SP_TILES = {64: WgmmaTile(64, 6), 128: WgmmaTile(128, 4), 256: WgmmaTile(256, 2)}
 
 
 @gluon.constexpr_function
@@ -122,15 +84,6 @@ def descriptor(address):
 
 
 @gluon.jit
-def place_of(tile, M, N, TOKENS: gl.constexpr, GROUP: gl.constexpr):
-    """(pid_n, pid_m) of an output tile: GROUP row tiles share their X tiles in L2."""
-    tiles_m = gl.cdiv(M, TOKENS)
-    group = tile // (GROUP * tiles_m)
-    size = gl.minimum(gl.cdiv(N, 128) - group * GROUP, GROUP)
-    return group * GROUP + tile % (GROUP * tiles_m) % size, tile % (GROUP * tiles_m) // size
-
-
-@gluon.jit
 def producer(w_desc, x_desc, arena, full, empty, M, N, K, TILE: gl.constexpr, GROUP: gl.constexpr):
     """Fill stage after stage, over all tiles of this program."""
     TOKENS: gl.constexpr = TILE.tokens
@@ -140,7 +93,7 @@ def producer(w_desc, x_desc, arena, full, empty, M, N, K, TILE: gl.constexpr, GR
     blocks = gl.cdiv(K, 128)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
-        pid_n, pid_m = place_of(tile, M, N, TOKENS, GROUP)
+        pid_n, pid_m = place_of(tile, M, N, TOKENS, 128, GROUP)
         for block in range(0, blocks):
             slot = step % STAGES
             # The first round finds every slot empty: that wait is for the phase before the first.
@@ -210,7 +163,7 @@ def consumer(
     blocks = gl.cdiv(K, 128)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
-        pid_n, pid_m = place_of(tile, M, N, TOKENS, GROUP)
+        pid_n, pid_m = place_of(tile, M, N, TOKENS, 128, GROUP)
         words_at = words_ptr + (pid_n.to(gl.int64) * blocks * 512 + WG * 256) + word
         words = gl.load(words_at)
         acc = gl.zeros([64, TOKENS], gl.float32, layout=ACCUMULATOR)
@@ -276,11 +229,6 @@ def _wgmma_sp_kernel(
         [4, 1],
         [232, 24],
     )  # fmt: skip
-
-
-def wgmma_sp_tile(m: int) -> WgmmaTile:
-    """The tile for `m` tokens."""
-    return next((t for most, t in WGMMA_SP_TILES.items() if m <= most), WGMMA_SP_TILES[256])
 
 
 def prepare(

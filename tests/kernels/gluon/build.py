@@ -23,6 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from slimgemm.kernels.gluon import mma_sp, orders, pack, wgmma_sp
 from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
+from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import prune_24_ref
 
 POINTERS = {
@@ -36,21 +37,21 @@ POINTERS = {
 COUNTED = r"\b(HMMA[.\w]*|HGMMA[.\w]*|LDGSTS[.\w]*|LDG[.\w]*|LDSM|STG[.\w]*|STL|LDL|UTMALDG)"
 
 
-def mma_sp_launch(most, dtype=torch.bfloat16, k=4096, splits=1, **epilogue):
+def mma_sp_launch(most, dtype=torch.bfloat16, k=4096, splits=1, m=None, n=16, **epilogue):
     """The launch of a shipped tile on an aligned (k % 8 == 0) or general shape."""
-    packed = prune_24_ref(torch.zeros(16, k, dtype=dtype))
-    x = torch.zeros(most, k, dtype=dtype)
+    packed = prune_24_ref(torch.zeros(n, k, dtype=dtype))
+    x = torch.zeros(m or most, k, dtype=dtype)
     tile = mma_sp_tile(most, k % 8 == 0)
     return mma_sp._mma_sp_kernel, mma_sp.prepare(
         x, orders.to_mma_sp(packed), tile=tile, splits=splits, **epilogue
     )
 
 
-def wgmma_sp_launch(tokens, dtype=torch.bfloat16, **epilogue):
-    packed = prune_24_ref(torch.zeros(128, 4096, dtype=dtype))
-    x = torch.zeros(tokens, 4096, dtype=dtype)
+def wgmma_sp_launch(tokens, dtype=torch.bfloat16, m=None, n=128, **epilogue):
+    packed = prune_24_ref(torch.zeros(n, 4096, dtype=dtype))
+    x = torch.zeros(m or tokens, 4096, dtype=dtype)
     return wgmma_sp._wgmma_sp_kernel, wgmma_sp.prepare(
-        x, orders.to_wgmma_sp(packed), tile=wgmma_sp.WGMMA_SP_TILES[tokens], **epilogue
+        x, orders.to_wgmma_sp(packed), tile=WGMMA_SP_TILES[tokens], **epilogue
     )
 
 
@@ -67,6 +68,10 @@ def cases():
             "sm_90",
             lambda a=act: mma_sp_launch(8, torch.float16, act=a, **full),
         )
+    # One token, one feature, one column: the JIT makes constants of them.
+    table["mma_sp/one"] = ("sm_90", lambda: mma_sp_launch(8, m=1, n=1, k=1))
+    table["mma_sp/one_token"] = ("sm_90", lambda: mma_sp_launch(8, m=1, splits=2))
+    table["wgmma_one_token"] = ("sm_90", lambda: wgmma_sp_launch(64, m=1, n=1))
     table["mma_sp/scalar_scale"] = ("sm_90", lambda: mma_sp_launch(8, scale=torch.zeros(1)))
     table["mma_sp/splits"] = ("sm_90", lambda: mma_sp_launch(8, splits=4))
     for most in MMA_SP_TILES:
@@ -76,7 +81,7 @@ def cases():
             lambda m=most: mma_sp_launch(m, torch.float16, act="gelu", **full),
         )
         table[f"mma_sp/general/{most}"] = ("sm_90", lambda m=most: mma_sp_launch(m, k=4099))
-    for tokens in wgmma_sp.WGMMA_SP_TILES:
+    for tokens in WGMMA_SP_TILES:
         table[f"wgmma_sp/sm_90/{tokens}"] = ("sm_90", lambda t=tokens: wgmma_sp_launch(t))
         table[f"wgmma_sp/epilogue/{tokens}"] = (
             "sm_90",
@@ -104,8 +109,8 @@ def source(kernel, launch):
     names = list(kernel.arg_names)
     signature, attrs, constants = {}, {}, dict(launch.constants)
     for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        if value is None:
-            constants[name] = None
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value  # the JIT makes a constant of 1
         elif isinstance(value, int):
             signature[name] = "i32"
             if value % 16 == 0:

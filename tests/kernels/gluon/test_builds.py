@@ -16,7 +16,7 @@ import pytest
 
 from slimgemm.kernels.configs import SMEM_BYTES
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
-from slimgemm.kernels.gluon.wgmma_sp import WGMMA_SP_TILES
+from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 
 BUILD = pathlib.Path(__file__).with_name("build.py")
 EPILOGUES = ("relu", "gelu", "gelu_tanh", "silu", "relu2")
@@ -105,7 +105,7 @@ def check_pack(rows):
 def test_short_set(tmp_path):
     """Decode and prefill tiles where shared memory is smallest, and the other variants."""
     table = ["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"]
-    others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/splits"]
+    others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/one_token"]
     wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128"]
     packs = ["pack/sm_80/values", "pack/sm_90/words_128"]
     rows = build([*table, *others, *wide, *packs], tmp_path)
@@ -114,7 +114,7 @@ def test_short_set(tmp_path):
     check_tiles({name: rows.pop(name) for name in table})
     check_general(rows.pop("mma_sp/general/64"), 64)
     check_mma_sp(rows["mma_sp/epilogue/gelu"], "sm_90", "F16", MMA_SP_TILES[8])
-    check_mma_sp(rows["mma_sp/splits"], "sm_90", tile=MMA_SP_TILES[8])
+    check_mma_sp(rows["mma_sp/one_token"], "sm_90", tile=MMA_SP_TILES[8])
 
 
 @build_all
@@ -130,6 +130,15 @@ def test_pack(tmp_path):
     rows = build(["pack/*"], tmp_path)
     assert len(rows) == 6
     check_pack(rows)
+
+
+@build_all
+def test_integers_that_the_jit_makes_constants_of(tmp_path):
+    rows = build(["mma_sp/one", "mma_sp/splits", "wgmma_one_token"], tmp_path)
+    for row in rows.values():
+        assert total(row, "STL") == total(row, "LDL") == 0, row
+        assert total(row, "HMMA.SP") + total(row, "HGMMA.SP") == 8, row
+    assert rows["wgmma_one_token"]["arena_at_zero"]
 
 
 @build_all

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from slimgemm.kernels.gluon import mma_sp, orders
 from slimgemm.kernels.gluon.epilogue import finish
+from slimgemm.kernels.gluon.place import place_of
 from slimgemm.kernels.reference import pack_24_ref, spmm_24_ref
 
 KERNEL = mma_sp._mma_sp_kernel
@@ -83,7 +84,7 @@ FAULTS = [
     ("block past the weight", KERNEL, "gl.minimum(it + 1, last - 1)", "it + 1", "w_ptr|words_ptr"),
     ("store past Y", finish, "(token < M)[:, None] & ", "", "store out of bounds: y_ptr"),
     ("column past Y", finish, " & (column < N)[None, :]", "", "stored twice|y_ptr"),
-    ("one tile twice", KERNEL, "% (GROUP * tiles_m) % size", "% 1", "y_ptr is stored twice"),
+    ("one tile twice", place_of, "% (GROUP * tiles_m) % size", "% 1", "y_ptr is stored twice"),
     (
         "metadata of padding is zero",
         KERNEL,

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
 
 from slimgemm.kernels.gluon import mma_sp, orders, pack, wgmma_sp
+from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
 
 pytestmark = pytest.mark.gpu
@@ -51,11 +52,11 @@ def test_mma_sp(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] % 8 == 0], ids=str)
-@pytest.mark.parametrize("tokens", wgmma_sp.WGMMA_SP_TILES, ids=str)
+@pytest.mark.parametrize("tokens", WGMMA_SP_TILES, ids=str)
 def test_wgmma_sp(tokens, shape, dtype):
     needs(9, 0, exact=True)
     packed, x = problem(*shape, dtype)
-    tile = wgmma_sp.WGMMA_SP_TILES[tokens]
+    tile = WGMMA_SP_TILES[tokens]
     got = wgmma_sp.spmm_24_wgmma_sp(x, orders.to_wgmma_sp(packed), tile=tile)
     compare(got, x, packed)
 

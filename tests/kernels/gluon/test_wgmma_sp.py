@@ -12,7 +12,7 @@ from helpers import assert_no_worse_than_dense, randn, random_24
 from slimgemm.kernels.configs import SMEM_BYTES
 from slimgemm.kernels.gluon import orders, wgmma_sp
 from slimgemm.kernels.gluon.compat import arena_at_zero
-from slimgemm.kernels.gluon.wgmma_sp import WGMMA_SP_TILES, WgmmaTile, wgmma_sp_tile
+from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES, WgmmaTile, wgmma_sp_tile
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
 
 KERNEL = wgmma_sp._wgmma_sp_kernel
