@@ -83,6 +83,9 @@ class _Compiler:
             process.wait()
 
 
+WIDTH = 140  # columns of the table where stdout is no terminal
+
+
 def _worker() -> None:
     """Read builds, one JSON list a line, and answer each with a line of reports."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -179,6 +182,8 @@ def kernels_command(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     wanted = list(builds([op] if op else None, arch or None, [dtype] if dtype else None))
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*bar, console=Console(stderr=True)) as progress:
         task = progress.add_task("compile", total=len(wanted))

@@ -15,8 +15,9 @@ import torch
 
 from slimgemm.kernels.build_operands import ALIGNED, operand
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES as MMA_SP_ARCHS
-from slimgemm.kernels.gluon.mma_tiles import MMA_SP_TILES
+from slimgemm.kernels.gluon.mma_tiles import MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.orders import to_mma_sp, to_wgmma_sp
+from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import prune_24_ref
 
 __all__ = ["MMA_SP_ARCHS", "spmm_24_mma_sp", "spmm_24_wgmma_sp"]
@@ -32,14 +33,14 @@ def spmm_24_mma_sp(dtype: torch.dtype, arch: str) -> Cases:
     def warm(m: int, k: int, splits: int) -> Any:
         bias, x = operand(n, dtype=dtype), operand(m, k, dtype=dtype)
         weight = to_mma_sp(prune_24_ref(torch.zeros(n, k, dtype=dtype)))
-        tile = MMA_SP_TILES[m]
-        go = file.prepare(x, weight, bias, bias, "gelu", tile=tile, splits=splits)
+        go = file.prepare(x, weight, bias, bias, "gelu", splits=splits)  # its own choice of tile
         warmup = file._mma_sp_kernel.warmup
         return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
 
     for m in MMA_SP_TILES:
         yield f"m {m}", functools.partial(warm, m, k, 1)
-        yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
+        if mma_sp_tile(m, aligned=False).tokens >= m:
+            yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
         yield f"m {m} split", functools.partial(warm, m, k, 4)
 
 
@@ -52,11 +53,11 @@ def spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:
         x = operand(tokens, k, dtype=dtype)
         bias = None if act == "none" else operand(n, dtype=dtype)
         weight = to_wgmma_sp(prune_24_ref(torch.zeros(n, k, dtype=dtype)))
-        go = file.prepare(x, weight, bias, bias, act, tile=file.WGMMA_SP_TILES[tokens])
+        go = file.prepare(x, weight, bias, bias, act, tile=WGMMA_SP_TILES[tokens])
         args = [file._descriptor(a) if isinstance(a, file.TmaView) else a for a in go.args]
         warmup = file._wgmma_sp_kernel.warmup
         return warmup(*args, grid=go.grid, num_warps=go.warps, **go.constants)
 
-    for tokens in file.WGMMA_SP_TILES:
+    for tokens in WGMMA_SP_TILES:
         yield f"m {tokens}", functools.partial(warm, tokens, "none")
         yield f"m {tokens} gelu", functools.partial(warm, tokens, "gelu")

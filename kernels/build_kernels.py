@@ -32,7 +32,13 @@ from slimgemm.kernels.build_operands import (
     tile_label,
     without_tensor_cores,
 )
-from slimgemm.kernels.configs import SPMM_24_TILES, SPMM_24_WGRAD_TILE, Tile
+from slimgemm.kernels.configs import (
+    SPMM_24_SCALAR_TILES,
+    SPMM_24_TILES,
+    SPMM_24_WGRAD_SCALAR_TILE,
+    SPMM_24_WGRAD_TILE,
+    Tile,
+)
 from slimgemm.kernels.formats import PATTERNS
 
 DTYPES = {
@@ -90,6 +96,14 @@ def _unpack_24(dtype: torch.dtype, arch: str):
     yield "2:4 ragged", functools.partial(unpack, packed_operand(*RAGGED[1:], dtype))
 
 
+def _scalar(dtype: torch.dtype, arch: str) -> bool:
+    """True where the products of a linear layer have no tensor cores."""
+    from slimgemm.kernels.device import matmul_precision, multiply_adds
+
+    here = torch.device("cpu")  # what the launcher would learn of the GPU is known from `arch`
+    return arch in NO_TENSOR_CORES or multiply_adds(dtype, matmul_precision(dtype), here)
+
+
 def _spmm_24(dtype: torch.dtype, arch: str):
     """Every tile with the heaviest epilogue, split over K, and on sizes that 16 does not divide."""
     spmm = launcher("spmm_24")
@@ -100,27 +114,29 @@ def _spmm_24(dtype: torch.dtype, arch: str):
         x, w = operand(m, k, dtype=dtype), packed_operand(n, k, dtype, *pattern)
         return functools.partial(spmm, x, w, b, s, "gelu", tile=tile, split=split)
 
-    for tile in SPMM_24_TILES:
+    tiles = SPMM_24_SCALAR_TILES if _scalar(dtype, arch) else SPMM_24_TILES
+    for tile in tiles:
         yield tile_label(tile), launch(tile, ALIGNED)
         yield f"{tile_label(tile)} ragged", launch(tile, RAGGED)
-    yield f"{tile_label(SPMM_24_TILES[0])} split", launch(SPMM_24_TILES[0], ALIGNED, split=4)
+    yield f"{tile_label(tiles[0])} split", launch(tiles[0], ALIGNED, split=4)
+    yield f"{tile_label(tiles[0])} one row", launch(tiles[0], (1, *ALIGNED[1:]), split=4)
     for pattern in PATTERNS[1:]:
-        yield (
-            f"{tile_label(SPMM_24_TILES[0])} {pattern[0]}:{pattern[1]}",
-            launch(SPMM_24_TILES[0], ALIGNED, pattern),
-        )
+        label = f"{tile_label(tiles[0])} {pattern[0]}:{pattern[1]}"
+        yield label, launch(tiles[0], ALIGNED, pattern)
 
 
 def _spmm_24_dgrad(dtype: torch.dtype, arch: str):
     dgrad = launcher("spmm_24_dgrad")
-    for tile, (m, n, k) in itertools.product(SPMM_24_TILES, (ALIGNED, RAGGED)):
+    tiles = SPMM_24_SCALAR_TILES if _scalar(dtype, arch) else SPMM_24_TILES
+    for tile, (m, n, k) in itertools.product(tiles, (ALIGNED, RAGGED)):
         dy, w = operand(m, n, dtype=dtype), packed_operand(n, k, dtype)
         label = tile_label(tile) + (" ragged" if n % 16 else "")
         yield label, functools.partial(dgrad, dy, w, tile=tile)
 
 
 def _spmm_24_wgrad(dtype: torch.dtype, arch: str):
-    wgrad, tile = launcher("spmm_24_wgrad"), SPMM_24_WGRAD_TILE
+    wgrad = launcher("spmm_24_wgrad")
+    tile = SPMM_24_WGRAD_SCALAR_TILE if _scalar(dtype, arch) else SPMM_24_WGRAD_TILE
     for (m, n, k), split, suffix in (
         (ALIGNED, 1, ""),
         (ALIGNED, 4, " split"),

@@ -31,8 +31,12 @@ PACK_24_TILE = (8, 32)  # rows, bytes of meta: 2048 weights a program
 UNPACK_24_TILE = (8, 256)  # rows, dense columns
 
 # Rows of x -> tile; the first row whose `m` holds all rows is taken, else the last.
-SPMM_24_TILES = (Tile(16, 64, 64), Tile(32, 64, 64), Tile(64, 64, 64), Tile(128, 64, 32))
+SPMM_24_TILES = (Tile(16, 64, 64), Tile(32, 64, 64), Tile(64, 64, 64), Tile(128, 64, 32, 8))
 SPMM_24_WGRAD_TILE = Tile(32, 64, 64)
+# Without tensor cores a thread holds whole rows of both operands, and the tiles above spill (up to
+# 6904 bytes a thread on sm_80 in fp32).
+SPMM_24_SCALAR_TILES = (Tile(16, 64, 32, 8), Tile(32, 32, 16))
+SPMM_24_WGRAD_SCALAR_TILE = Tile(16, 64, 32, 8)
 
 
 def fits(tile: Tile, itemsize: int, smem_bytes: int) -> bool:
@@ -45,9 +49,10 @@ def fits(tile: Tile, itemsize: int, smem_bytes: int) -> bool:
     return ring + tile.n * tile.k * itemsize <= smem_bytes and tile.m * tile.n * 4 <= smem_bytes
 
 
-def spmm_tile(m: int) -> Tile:
-    """The tile for `m` rows of x."""
-    return next((t for t in SPMM_24_TILES if m <= t.m), SPMM_24_TILES[-1])
+def spmm_tile(m: int, scalar: bool) -> Tile:
+    """The tile for `m` rows of x; `scalar` where there are no tensor cores for them."""
+    tiles = SPMM_24_SCALAR_TILES if scalar else SPMM_24_TILES
+    return next((t for t in tiles if m <= t.m), tiles[-1])
 
 
 def split_count(programs: int, steps: int, multiprocessors: int, limit: int = 16) -> int:

@@ -36,6 +36,7 @@ from slimgemm.kernels.device import (
     dot,
     expand,
     load_packed,
+    multiply_adds,
     multiprocessors,
 )
 from slimgemm.kernels.formats import Packed24
@@ -49,14 +50,6 @@ CONV_24_NARROW_TILES = (Tile(16, 16, 64), Tile(128, 16, 32))
 # fp32 in 16 x 64 x 64 on sm_90).
 CONV_24_SCALAR_TILE = Tile(32, 32, 16)
 CONV_24_NARROW_SCALAR_TILE = Tile(64, 16, 16)
-
-
-def multiply_adds(dtype: torch.dtype, device: torch.device) -> bool:
-    """True where `tl.dot` is made of multiply-adds: fp32 in full precision, and all of Turing."""
-    if torch.version.hip is not None:
-        return False  # matrix cores of CDNA multiply fp32
-    turing = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-    return turing or (dtype == torch.float32 and conv_precision(dtype) == "ieee")
 
 
 def conv_tile(pixels: int, columns: int, scalar: bool) -> Tile:
@@ -250,7 +243,7 @@ def conv2d_24(
     check_epilogue(conv.out, x, bias, None, act)
     size = conv.output_size(*x.shape[2:])
     pixels, n = x.shape[0] * size[0] * size[1], conv.out // groups
-    tile = tile or conv_tile(pixels, n, multiply_adds(x.dtype, x.device))
+    tile = tile or conv_tile(pixels, n, multiply_adds(x.dtype, conv_precision(x.dtype), x.device))
     programs = triton.cdiv(pixels, tile.m) * triton.cdiv(n, tile.n) * groups
     steps = triton.cdiv(conv.k, tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))

@@ -27,7 +27,6 @@ from slimgemm.kernels.conv_24 import (
     conv_tile,
     index_type,
     load_patches,
-    multiply_adds,
     new_images,
     pixel_of,
 )
@@ -37,6 +36,7 @@ from slimgemm.kernels.device import (
     dot,
     expand,
     load_packed,
+    multiply_adds,
     multiprocessors,
     store_kept,
 )
@@ -219,7 +219,9 @@ def conv2d_24_dgrad(
     classes = [min(s, size) for s, size in zip(conv.stride, (height, width), strict=True)]
     pixels = batch * triton.cdiv(height, conv.stride[0]) * triton.cdiv(width, conv.stride[1])
     n = conv.out // groups
-    tile = tile or conv_tile(pixels, conv.channels, multiply_adds(dy.dtype, dy.device))
+    tile = tile or conv_tile(
+        pixels, conv.channels, multiply_adds(dy.dtype, conv_precision(dy.dtype), dy.device)
+    )
     tiles_m = triton.cdiv(pixels, tile.m)
     programs = tiles_m * triton.cdiv(conv.channels, tile.n) * groups * classes[0] * classes[1]
     reach = [
@@ -274,7 +276,7 @@ def conv2d_24_wgrad(
     check_output_gradient(dy, x.shape, conv)
     size = dy.shape[2:]
     pixels, n = dy.shape[0] * size[0] * size[1], conv.out // groups
-    tile = tile or conv_wgrad_tile(n, multiply_adds(dy.dtype, dy.device))
+    tile = tile or conv_wgrad_tile(n, multiply_adds(dy.dtype, conv_precision(dy.dtype), dy.device))
     programs = triton.cdiv(n, tile.n) * triton.cdiv(conv.k, tile.k) * groups
     steps = triton.cdiv(pixels, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))

@@ -13,9 +13,15 @@ from torch import Tensor
 
 from slimgemm.kernels.channel_layout import ChannelLayout
 from slimgemm.kernels.configs import Tile, split_count
-from slimgemm.kernels.device import check_operand, conv_precision, dot, multiprocessors
+from slimgemm.kernels.device import (
+    check_operand,
+    conv_precision,
+    dot,
+    multiply_adds,
+    multiprocessors,
+)
 from slimgemm.kernels.formats import ChannelIndex
-from slimgemm.kernels.gemm_channels import kept_channels, multiply_adds
+from slimgemm.kernels.gemm_channels import kept_channels
 from slimgemm.kernels.reference_channels import check_conv_wgrad, conv_geometry
 from slimgemm.kernels.spmm_24 import add_parts
 

@@ -170,6 +170,16 @@ def conv_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def multiply_adds(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
+    """True where tl.dot has no tensor cores: fp32 in full precision, and Turing (Triton <= 3.9)."""
+    if dtype == torch.float32 and precision == "ieee":
+        return True
+    if device.type != "cuda":
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 80
+
+
 class Rows(NamedTuple):
     """An operand [..., columns] seen as rows numbered over two axes; `row_offsets` reads it."""
 

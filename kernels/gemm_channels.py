@@ -24,6 +24,7 @@ from slimgemm.kernels.device import (
     check_operand,
     dot,
     matmul_precision,
+    multiply_adds,
     multiprocessors,
     row_offsets,
 )
@@ -156,16 +157,6 @@ def add_channel_parts(
         parts, bias, y, outs.index, m, n, count, *rows, outs.start,
         OUT_RUN=outs.run, HAS_BIAS=bias is not None, ACT=act, BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip
-
-
-def multiply_adds(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
-    """True where tl.dot has no tensor cores: fp32 in full precision, and Turing (Triton <= 3.9)."""
-    if dtype == torch.float32 and precision == "ieee":
-        return True
-    if device.type != "cuda":
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch < 80
 
 
 def channels_tile(

@@ -18,11 +18,12 @@ from slimgemm.kernels.device import (
     check_operand,
     dot,
     matmul_precision,
+    multiply_adds,
     multiprocessors,
     row_offsets,
 )
 from slimgemm.kernels.formats import ChannelIndex
-from slimgemm.kernels.gemm_channels import kept_channels, multiply_adds
+from slimgemm.kernels.gemm_channels import kept_channels
 from slimgemm.kernels.reference_channels import check_gemm_wgrad
 from slimgemm.kernels.spmm_24 import add_parts
 

@@ -24,6 +24,7 @@ from slimgemm.kernels.device import (
     expand,
     load_packed,
     matmul_precision,
+    multiply_adds,
     multiprocessors,
     row_offsets,
 )
@@ -172,7 +173,8 @@ def spmm_24(
     rows = as_rows(x)
     if y.numel() == 0:
         return y
-    tile = tile or spmm_tile(rows.count)
+    precision = matmul_precision(x.dtype)
+    tile = tile or spmm_tile(rows.count, multiply_adds(x.dtype, precision, x.device))
     programs = triton.cdiv(rows.count, tile.m) * triton.cdiv(n, tile.n)
     steps = triton.cdiv(k, tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))
@@ -184,7 +186,7 @@ def spmm_24(
         rows.stride_outer, rows.stride_inner, rows.stride_column, triton.cdiv(steps, split),
         KEEP=w.keep, GROUP=w.group, ACT=act,
         HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, PARTIAL=partial,
-        PRECISION=matmul_precision(x.dtype),
+        PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

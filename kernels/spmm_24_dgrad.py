@@ -11,7 +11,15 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.configs import Tile, spmm_tile
-from slimgemm.kernels.device import as_rows, dot, expand, load_packed, matmul_precision, row_offsets
+from slimgemm.kernels.device import (
+    as_rows,
+    dot,
+    expand,
+    load_packed,
+    matmul_precision,
+    multiply_adds,
+    row_offsets,
+)
 from slimgemm.kernels.formats import Packed24
 from slimgemm.kernels.spmm_24 import check_pair
 
@@ -70,14 +78,15 @@ def spmm_24_dgrad(dy: Tensor, w: Packed24, *, tile: Tile | None = None) -> Tenso
     rows = as_rows(dy)
     if dx.numel() == 0:
         return dx
-    tile = tile or spmm_tile(rows.count)
+    precision = matmul_precision(dy.dtype)
+    tile = tile or spmm_tile(rows.count, multiply_adds(dy.dtype, precision, dy.device))
     # The tile's n is walked and its k is owned: the roles of the forward, exchanged.
     grid = (triton.cdiv(rows.count, tile.m) * triton.cdiv(k, tile.k),)
     _spmm_24_dgrad_kernel[grid](
         rows.tensor, w.values, w.meta, dx,
         rows.count, n, k, w.meta.shape[1], rows.inner,
         rows.stride_outer, rows.stride_inner, rows.stride_column,
-        KEEP=w.keep, GROUP=w.group, PRECISION=matmul_precision(dy.dtype),
+        KEEP=w.keep, GROUP=w.group, PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -14,11 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimgemm.kernels.configs import SPMM_24_WGRAD_TILE, Tile, split_count
+from slimgemm.kernels.configs import (
+    SPMM_24_WGRAD_SCALAR_TILE,
+    SPMM_24_WGRAD_TILE,
+    Tile,
+    split_count,
+)
 from slimgemm.kernels.device import (
     as_rows,
     dot,
     matmul_precision,
+    multiply_adds,
     multiprocessors,
     row_offsets,
     store_kept,
@@ -96,7 +102,9 @@ def spmm_24_wgrad(
     dvalues = torch.empty_like(w.values)
     if dvalues.numel() == 0:
         return dvalues
-    tile = tile or SPMM_24_WGRAD_TILE
+    precision = matmul_precision(dy.dtype)
+    scalar = multiply_adds(dy.dtype, precision, dy.device)
+    tile = tile or (SPMM_24_WGRAD_SCALAR_TILE if scalar else SPMM_24_WGRAD_TILE)
     programs = triton.cdiv(n, tile.n) * triton.cdiv(k, tile.k)
     steps = triton.cdiv(rows_y.count, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
@@ -107,7 +115,7 @@ def spmm_24_wgrad(
         rows_y.stride_outer, rows_y.stride_inner, rows_y.stride_column,
         rows_x.stride_outer, rows_x.stride_inner, rows_x.stride_column,
         triton.cdiv(steps, split),
-        KEEP=w.keep, GROUP=w.group, PRECISION=matmul_precision(dy.dtype),
+        KEEP=w.keep, GROUP=w.group, PRECISION=precision,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

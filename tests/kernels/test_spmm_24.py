@@ -238,9 +238,9 @@ def test_parts_add_up_and_repeat_bit_for_bit(split, device):
 
 
 def test_how_tiles_and_parts_are_chosen():
-    assert [spmm_tile(m).m for m in (1, 16, 17, 32, 33, 64, 65, 10**6)] == [
-        16, 16, 32, 32, 64, 64, 128, 128,
-    ]  # fmt: skip
+    counts = (1, 16, 17, 32, 33, 64, 65, 10**6)
+    assert [spmm_tile(m, False).m for m in counts] == [16, 16, 32, 32, 64, 64, 128, 128]
+    assert [spmm_tile(m, True).m for m in counts] == [16, 16, 32, 32, 32, 32, 32, 32]
     assert split_count(1, 64, 132) == 16 and split_count(1, 63, 132) == 8  # 4 steps a part
     assert split_count(1000, 64, 132) == 1 and split_count(1, 10**6, 132) == 16
     assert split_count(1, 0, 132) == 1
