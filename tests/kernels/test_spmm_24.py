@@ -512,3 +512,18 @@ def test_other_devices_are_refused(device):
         spmm_24(g["x"], g["w"], g["bias"].to("meta"))
     with pytest.raises(ValueError, match=r"scale must be on .* as x, got meta"):
         reference.spmm_24_ref(g["x"], g["w"], None, g["bias"].to("meta"))
+
+
+def test_rows_may_lie_more_than_two_to_the_31_elements_apart(device):
+    far = torch.zeros(2**31 + 64, dtype=torch.float16, device=device)  # pages untouched on a CPU
+    x = far.as_strided((2, 48), (2**31, 1))
+    x.copy_(randn(2, 48, dtype=torch.float16, seed=2))
+    w = random_24(40, 48, torch.float16, seed=1, device=device)
+    packed = pack_24(w)
+    near = x.clone()
+    assert torch.equal(spmm_24(x, packed), spmm_24(near, packed))
+    dy = far.as_strided((2, 40), (2**31, 1))
+    dv = spmm_24_wgrad(dy, x, packed)
+    assert torch.equal(dv, spmm_24_wgrad(dy.clone(), near, packed))
+    assert torch.equal(spmm_24_dgrad(dy, packed), spmm_24_dgrad(dy.clone(), packed))
+    assert spmm_24(near, packed).abs().max() > 0 and dv.abs().max() > 0
