@@ -6,6 +6,7 @@ import time.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,16 @@ def twin(op: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"slimgemm.kernels.{OPS[op][1]}"), f"{op}_ref")
 
 
+def _on_device(device: torch.device, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.cuda.device(device):
+        return run(*args, **kwargs)
+
+
 def implementation(op: str, device: torch.device) -> Callable[..., Any]:
     """The function that runs `op` on tensors of `device`."""
-    return launcher(op) if device.type == "cuda" else twin(op)
+    if device.type != "cuda":
+        return twin(op)
+    if device.index in (None, torch.cuda.current_device()):
+        return launcher(op)
+    # Triton launches on the current device, whatever device the tensors are on.
+    return functools.partial(_on_device, device, launcher(op))
