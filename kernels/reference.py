@@ -24,10 +24,10 @@ from slimgemm.kernels.formats import (
     values_per_byte,
 )
 
-# Rows of a packed weight that a twin decodes at a time: 256 rows of 4096 fp32 weights and their
-# positions are 8 MiB. On one core of an EPYC, a product of 256 rows with a 4096 x 4096 weight took
-# 1.15 of dense so, and 1.92 when the weight was decoded whole.
-BLOCK_ROWS = 256
+# Dense weights that a twin decodes at a time: 4 MiB in fp32, and twice that for their positions.
+# On one core of an EPYC, a product of 256 rows with a 4096 x 4096 weight took 1.15 of dense so, and
+# 1.92 when the weight was decoded whole; smaller blocks cost more in the matrix library.
+BLOCK_WEIGHTS = 2**20
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "relu2")
 
 
@@ -129,13 +129,18 @@ def unpack_24_ref(packed: Packed24) -> Tensor:
     check_shapes(packed)
     n, k = packed.shape
     dense = packed.values.new_empty(n, packed.meta.shape[1] * BYTE_WEIGHTS)
-    for rows in _blocks(n):
+    for rows in _blocks(packed):
         _decode(packed, rows, dense[rows])
     return dense[:, :k]
 
 
-def _blocks(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + BLOCK_ROWS, n)) for start in range(0, n, BLOCK_ROWS))
+def _block_rows(packed: Packed24) -> int:
+    return max(64, BLOCK_WEIGHTS // max(1, packed.k))
+
+
+def _blocks(packed: Packed24) -> Iterator[slice]:
+    n, rows = packed.values.shape[0], _block_rows(packed)
+    return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
 def _decode(packed: Packed24, rows: slice, out: Tensor) -> None:
@@ -149,9 +154,9 @@ def _decode(packed: Packed24, rows: slice, out: Tensor) -> None:
 def dense_blocks(packed: Packed24) -> Iterator[tuple[slice, Tensor]]:
     """(rows, dense [rows, k]) of a packed weight, block by block in one buffer that is reused."""
     n, k = packed.shape
-    shape = min(n, BLOCK_ROWS), packed.meta.shape[1] * BYTE_WEIGHTS
+    shape = min(n, _block_rows(packed)), packed.meta.shape[1] * BYTE_WEIGHTS
     buffer = packed.values.detach().new_empty(shape)
-    for rows in _blocks(n):
+    for rows in _blocks(packed):
         block = buffer[: rows.stop - rows.start]
         _decode(packed, rows, block)
         yield rows, block[:, :k]
@@ -254,7 +259,7 @@ def spmm_24_wgrad_ref(dy: Tensor, x: Tensor, w: Packed24) -> Tensor:
     check_same_rows(dy, x)
     left, right = _as_matrix(dy).t(), _as_matrix(x)
     dvalues = torch.empty_like(w.values)
-    for n in _blocks(w.shape[0]):
+    for n in _blocks(w):
         part = w._replace(values=w.values[n], meta=w.meta[n])
         dvalues[n] = gather_24_ref(left[n] @ right, part)
     return dvalues
