@@ -94,7 +94,7 @@ def _settings(about: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """Rows that differ in their seed alone as one: mean ± standard deviation, and how many."""
+    """Rows that differ in their seed alone as one: mean ± standard deviation."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     measured = {"accuracy_percent", "weights", "macs_per_image"}
     for row in rows:
@@ -109,7 +109,8 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         for name in sorted(measured & one.keys()):
             values = [row[name] for row in same]
             if name == "accuracy_percent":
-                one[name] = f"{mean(values):.2f} ± {pstdev(values):.2f}"
+                spread = f" ± {pstdev(values):.2f}" if len(values) > 1 else ""
+                one[name] = f"{mean(values):.2f}{spread}"
             else:
                 one[name] = f"{round(mean(values)):,}"
         shown.append(one | {"seeds": len(same)})

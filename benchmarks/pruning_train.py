@@ -29,9 +29,9 @@ def loader(x: Tensor, y: Tensor, batch: int, seed: int) -> Batches:
     return Batches(x, y, batch, torch.Generator().manual_seed(seed))
 
 
-def train(model: nn.Module, batches: Batches, epochs: int, rate: float) -> None:
-    """Adam with a cosine schedule; masks are kept."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+def train(model: nn.Module, batches: Batches, epochs: int, rate: float, decay: float = 0.0) -> None:
+    """Adam with a cosine schedule, and L2; masks are kept."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     pruning.finetune(
         model, optimizer, batches, F.cross_entropy, epochs, scheduler=schedule, show=False

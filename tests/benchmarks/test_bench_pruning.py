@@ -37,6 +37,13 @@ def test_lenet_counts_weights_and_records(tmp_path, monkeypatch, capsys):
     assert "pruning.md" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "total, rounds, want", [(30, 1, [30]), (30, 4, [5, 5, 5, 15]), (6, 2, [3, 3])]
+)
+def test_all_ways_train_for_the_same_epochs(total, rounds, want):
+    assert bench_pruning.share_epochs(total, rounds) == want
+
+
 def test_runs_with_other_arguments_are_kept(tmp_path):
     for arguments, value in (
         (["--part", "lenet"], 1),
