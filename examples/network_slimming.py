@@ -1,6 +1,6 @@
 """Network slimming: push batch-norm scales towards zero while training, then cut their channels.
 
-pip install scikit-learn torch-pruning && python examples/network_slimming.py
+pip install scikit-learn && python examples/network_slimming.py
 """
 
 import torch

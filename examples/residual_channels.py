@@ -1,6 +1,6 @@
 """Channel pruning of a residual network: channels that meet in a sum go together.
 
-pip install scikit-learn torch-pruning && python examples/residual_channels.py
+pip install scikit-learn && python examples/residual_channels.py
 """
 
 import tempfile

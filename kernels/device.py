@@ -194,6 +194,8 @@ class Rows(NamedTuple):
 def as_rows(x: torch.Tensor) -> Rows:
     """`x` [..., columns] as Rows; a copy only if its leading axes need three or more strides."""
     axes = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
+    if not x.numel():
+        return Rows(x, math.prod(x.shape[:-1]), 1, 0, 0, x.stride(-1))
     merged: list[tuple[int, int]] = []
     for size, stride in axes:
         if size == 1:
@@ -204,7 +206,7 @@ def as_rows(x: torch.Tensor) -> Rows:
             merged.append((size, stride))
     if len(merged) > 2:
         return as_rows(x.contiguous())
-    count = x.numel() // x.shape[-1] if x.shape[-1] else math.prod(x.shape[:-1])
+    count = x.numel() // x.shape[-1]
     outer, inner = ([(1, 0)] * (2 - len(merged))) + merged
     return Rows(x, count, max(inner[0], 1), outer[1], inner[1], x.stride(-1))
 

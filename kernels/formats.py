@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 BYTE_WEIGHTS = 8  # dense weights that one byte of meta covers, for every pattern
 PATTERNS = ((2, 4), (1, 4), (1, 8), (2, 8), (4, 8))  # keep, group
@@ -105,19 +106,22 @@ def position_table(keep: int, group: int) -> Tensor:
     check_pattern(keep, group)
     width = values_per_byte(keep, group)
     rows = [positions_of_byte(byte, keep, group) or [-1] * width for byte in range(256)]
-    return torch.tensor(rows, dtype=torch.int64)
+    with _disable_current_modes():  # kept for every later caller, so never a fake or meta tensor
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 @functools.cache
 def byte_table(keep: int, group: int) -> Tensor:
     """uint8 [256]: the byte of meta for a mask of kept positions; 0 where no byte names it."""
     check_pattern(keep, group)
-    table = torch.zeros(256, dtype=torch.uint8)
+    masks = {}
     for byte in range(256):
         kept = positions_of_byte(byte, keep, group)
         if kept is not None:
-            table[sum(1 << i for i in kept)] = byte
-    return table
+            masks[sum(1 << i for i in kept)] = byte
+    with _disable_current_modes():
+        rows = [masks.get(mask, 0) for mask in range(256)]
+        return torch.tensor(rows, dtype=torch.uint8, device="cpu")
 
 
 def check_shapes(packed: Packed24) -> None:

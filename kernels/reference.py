@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from slimgemm.kernels.formats import (
     BYTE_WEIGHTS,
@@ -116,7 +117,8 @@ def prune_dense_24_ref(w: Tensor, keep: int = 2, group: int = 4) -> Tensor:
 
 @functools.cache
 def _table_on(device: torch.device, keep: int, group: int) -> Tensor:
-    return position_table(keep, group).to(device)
+    with _disable_current_modes():  # cached, so never a fake tensor
+        return position_table(keep, group).to(device)
 
 
 def _positions(meta: Tensor, keep: int, group: int) -> Tensor:

@@ -96,9 +96,10 @@ def _add_parts_kernel(
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for part in range(parts):
-        rows = (offs_m + part * M)[:, None]  # M may be specialised to 1, so it has no .to()
-        acc += tl.load(p_ptr + rows * N + offs_n[None, :], mask=mask, other=0.0)
+    rows = offs_m  # int64, as M may be specialised to 1 and then has no .to()
+    for _ in range(parts):
+        acc += tl.load(p_ptr + rows[:, None] * N + offs_n[None, :], mask=mask, other=0.0)
+        rows += M
     acc = finish(acc, b_ptr, s_ptr, offs_n, N, HAS_BIAS, HAS_SCALE, ACT)
     where = offs_m[:, None] * N + offs_n[None, :]
     tl.store(y_ptr + where, acc.to(y_ptr.dtype.element_ty), mask=mask)

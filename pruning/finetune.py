@@ -35,7 +35,7 @@ def finetune(
         loss: (outputs, target) -> scalar.
         epochs: passes over the loader.
         scheduler: stepped once an epoch.
-        penalty: added to the loss, as pruning.regularise.L1(1e-5).
+        penalty: added to the loss, as pruning.Lp(1e-5).
         clip: largest norm of all gradients together, or None.
         after_epoch: called with (epoch, mean loss).
         show: a progress bar on a terminal or log.

@@ -57,7 +57,11 @@ def matches(name: str, rules: Sequence[str]) -> list[str]:
     hits = []
     for rule in rules:
         if rule.startswith("re:"):
-            if re.fullmatch(rule[3:], name):
+            try:
+                found = re.fullmatch(rule[3:], name)
+            except re.error as error:
+                raise ValueError(f"ignore: {rule!r} is no regular expression: {error}") from None
+            if found:
                 hits.append(rule)
         elif name == rule or name.startswith(rule + "."):
             hits.append(rule)

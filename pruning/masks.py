@@ -59,20 +59,19 @@ def unpack_mask(packed: PackedMask) -> Tensor:
 
 
 def masked_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, PackedMask]]:
-    """(name, module, mask) of every module of the model that carries a mask."""
+    """(name, module, mask) of every module of the model that carries a mask and has its weight."""
     for name, module in model.named_modules():
         packed = getattr(module, "kept_weights", None)
-        if isinstance(packed, PackedMask):
+        if isinstance(packed, PackedMask) and isinstance(getattr(module, "weight", None), Tensor):
             yield name, module, packed
 
 
 def mask_of(module: nn.Module) -> Tensor | None:
     """The bool mask that a module carries, on the device of its weight; None without one."""
     packed = getattr(module, "kept_weights", None)
-    if not isinstance(packed, PackedMask):
+    weight = getattr(module, "weight", None)
+    if not isinstance(packed, PackedMask) or not isinstance(weight, Tensor):
         return None
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     return unpack_mask(packed).to(weight.device)
 
 

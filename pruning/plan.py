@@ -170,6 +170,16 @@ def layer_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
+def _check_kinds(pattern: Any, score: Any, amount: Any) -> None:
+    """Raise ValueError where a name or a number stands for a pattern, a score or an amount."""
+    if isinstance(pattern, (str, int, float, type)):
+        raise ValueError(f"pattern must be a pattern as NofM(keep=2, group=4), got {pattern!r}")
+    if score is not None and (not callable(score) or isinstance(score, type)):
+        raise ValueError(f"score must be a score as Magnitude(p=1) or a function, got {score!r}")
+    if isinstance(amount, (str, int, float, type)):
+        raise ValueError(f"amount must be an amount as Uniform(0.5), got {amount!r}")
+
+
 def plan(
     model: nn.Module,
     example_inputs: Inputs,
@@ -209,6 +219,7 @@ def plan(
             holds NaN or infinity, `ignore` covers nothing, a score lacks its data, or no layer
             can be pruned. The message names the place and the cure.
     """
+    _check_kinds(pattern, score, amount)
     scorer = score if isinstance(score, Score) else Function(score) if score else Magnitude()
     amount = amount if amount is not None else Uniform()
     if energy not in ENERGY:

@@ -146,6 +146,9 @@ class Function(Score):
                 f"{context.name}: a score must return a tensor of shape "
                 f"{list(weight.shape)}, got {got}"
             )
+        if bool(scores.isnan().any()):
+            place = scores.isnan().nonzero()[0].tolist()
+            raise ValueError(f"{context.name}: a score must hold no NaN, got one at {place}")
         return as_float(scores)
 
 

@@ -187,13 +187,16 @@ def load(
         folder: written by `save`.
         device: where the model goes.
     Returns:
-        The model with packed and shrunk layers as saved, dtypes as saved, in train mode as
-        `factory` left it.
+        The model with packed and shrunk layers as saved, dtypes as saved; train mode and
+        requires_grad as `factory` left them. Masks of layers that are not packed are not saved:
+        plan again before you train on.
     Raises:
         CheckpointError: a file is damaged, or the factory's model does not fit; no tensor was used.
     """
     from safetensors.torch import load_file
 
+    if isinstance(factory, nn.Module):
+        raise CheckpointError("factory must be a function that makes the dense model, got a model")
     manifest = read_manifest(folder)
     model = factory()
     model = rebuild(model, manifest["shrunk"], manifest["swapped"])

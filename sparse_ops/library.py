@@ -75,6 +75,7 @@ def _spmm(
     k: int, keep: int, group: int, act: str,
 ) -> Tensor:  # fmt: skip
     w = Packed24(values, meta, k, keep, group)
+    bias, scale = (t if t is None else t.contiguous() for t in (bias, scale))
     return implementation("spmm_24", x.device)(x, w, bias, scale, act).contiguous()
 
 

@@ -9,7 +9,8 @@ its dense layer on the input it really saw, and dense is kept where dense wins.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -30,8 +31,8 @@ CONVERTERS: dict[type[nn.Module], tuple[Any, Any]] = {
     nn.Linear: (SparseLinear24, ChannelLinear),
     nn.Conv2d: (SparseConv2d24, ChannelConv2d),
 }
-# Their fast paths read the weights of the layers inside them, which a pass of the model shows.
-READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Its fast path, taken for some inputs only, reads the weights of the layers inside it.
+READER = nn.TransformerEncoderLayer
 # A layer is swapped when that saves at least this share of its weight's bytes.
 LEAST_SAVING = 0.1
 
@@ -79,7 +80,8 @@ class CompressReport:
             packed_bytes = str(layer.packed_bytes) if layer.packed else "-"
             shape = "x".join(map(str, layer.shape))
             rows.append([layer.name, shape, result, str(layer.dense_bytes), packed_bytes, *times])
-        return as_table("compress", columns, rows)
+        note = "Packed layers hold new parameters: build the optimizer now, not before."
+        return as_table("compress", columns, rows) + (f"\n{note}" if self.packed else "")
 
 
 def modules_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -93,9 +95,10 @@ def modules_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 def carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
     """Give `new` the hooks, mode and user attributes of `old`; hook handles keep working.
 
-    What the class of `old` sets itself (its `own_attributes`) stays behind.
+    What the class of `old` sets itself (its `own_attributes`) stays behind, and so does the mask of
+    slimgemm.pruning: the metadata of a packed weight says what is kept.
     """
-    own = getattr(old, "own_attributes", ())
+    own = {*getattr(old, "own_attributes", ()), "kept_weights"}
     for name, value in old.__dict__.items():
         if name in HOOKS or (name not in new.__dict__ and name not in own):
             new.__dict__[name] = value
@@ -209,7 +212,8 @@ def dense_holders(model: nn.Module) -> dict[int, list[str]]:
 def us_of(module: nn.Module, x: Tensor, reps: int = 20) -> float:
     """Median microseconds of module(x) on the GPU, by CUDA events, after 3 warm-up calls."""
     times = []
-    with torch.no_grad():
+    x = x.to(cast(Tensor, next(module.parameters())).dtype)  # autocast may have cast it
+    with torch.no_grad(), torch.cuda.device(x.device):
         for rep in range(reps + 3):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -227,7 +231,7 @@ def compress(
     *,
     keep: int = 2,
     group: int = 4,
-    ignore: tuple[str, ...] = (),
+    ignore: Sequence[str] = (),
     only_if_faster: bool = True,
 ) -> CompressReport:
     """Swap every eligible layer of `model`, in place, for its packed twin.
@@ -240,7 +244,7 @@ def compress(
         example_inputs: for one forward pass: a tensor, a tuple of arguments or a dict of keyword
             arguments. Without it no layer can be seen to run and nothing is timed.
         keep, group: pattern to pack.
-        ignore: names of layers to leave dense.
+        ignore: layers to leave dense: names, or "re:" and a regex for the full name.
         only_if_faster: on a GPU, leave a layer dense whose packed kernel is slower on the input
             it saw. Off a GPU nothing is timed: a packed layer saves memory there, not time.
     Returns:
@@ -256,20 +260,21 @@ def compress(
         )
     classes = tuple(CONVERTERS)
     found = {m: names for m, names in modules_with_names(model).items() if isinstance(m, classes)}
-    unknown = set(ignore) - {name for names in found.values() for name in names}
-    if unknown:
-        raise ValueError(f"ignore names no linear or convolution of the model: {sorted(unknown)}")
+    ignored = named_by(ignore, [name for names in found.values() for name in names])
     holders = dense_holders(model)
     seen = None if example_inputs is None else seen_inputs(model, list(found), example_inputs)
-    readers = [m for m in model.modules() if isinstance(m, READERS)] if seen is None else []
+    readers = [m for m in model.modules() if type(m).forward is READER.forward]
     read = {layer for reader in readers for layer in reader.modules()}
     timed = only_if_faster and seen is not None
     choices: dict[nn.Module, Choice] = {}
     for module, names in found.items():
         mine = [name for name in holders.get(id(module.weight), []) if name not in names]
-        reason = "named in ignore" if set(ignore) & set(names) else refusal(module, mine, seen)
+        reason = "named in ignore" if ignored & {*names} else refusal(module, mine, seen)
         if not reason and module in read:
-            reason = "a module around it may read its weight; pass example_inputs to find out"
+            reason = (
+                "the fast path of nn.TransformerEncoderLayer reads its weight; subclass that layer "
+                "with a forward of your own to pack it"
+            )
         choices[module] = Choice(None, reason)
         if not reason:
             x = seen[module] if timed and seen is not None else None
@@ -279,6 +284,27 @@ def compress(
         if choice.twin is not None:
             replace(model, found[module], carry_over(module, choice.twin))
     return CompressReport([_layer_report(m, found[m][0], choice) for m, choice in choices.items()])
+
+
+def named_by(rules: Sequence[str], names: list[str]) -> set[str]:
+    """The names that `rules` cover: a name, or "re:" and a regex for the whole of it.
+
+    Raises:
+        ValueError: a rule covers no name (a typing error would else pack it), or is no regex.
+    """
+    if isinstance(rules, str):
+        raise ValueError(f"ignore must be a list of names, got the string {rules!r}")
+    covered: set[str] = set()
+    for rule in rules:
+        pattern = rule[3:] if rule.startswith("re:") else re.escape(rule)
+        try:
+            found = {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"ignore: {rule!r} is no regular expression: {error}") from None
+        if not found:
+            raise ValueError(f"ignore names no linear or convolution of the model: {rule!r}")
+        covered |= found
+    return covered
 
 
 class Choice(NamedTuple):

@@ -19,7 +19,6 @@ def example(name, *packages):
 
 
 DIGITS = ("sklearn", "scikit-learn")
-CHANNELS = ("torch_pruning", "torch-pruning")
 
 
 def is_24(weight, axis=1):
@@ -46,7 +45,7 @@ def test_cnn_magnitude(capsys):
 
 
 def test_network_slimming():
-    rows, model = example("network_slimming", DIGITS, CHANNELS)(epochs=3, finetune_epochs=2)
+    rows, model = example("network_slimming", DIGITS)(epochs=3, finetune_epochs=2)
     (_, _, dense, dense_macs), (_, pruned, fewer, fewer_macs), (_, tuned, *_) = rows
     assert fewer < dense and fewer_macs < dense_macs
     assert tuned > max(pruned, 0.7)
@@ -55,7 +54,7 @@ def test_network_slimming():
 
 
 def test_residual_channels():
-    main = example("residual_channels", DIGITS, CHANNELS)
+    main = example("residual_channels", DIGITS)
     results, model, again = main(epochs=2, finetune_epochs=2)
     assert model[1].conv2.weight.shape == (16, 16, 3, 3)
     assert results["fine-tuned"] > max(results["halved"], 0.7)

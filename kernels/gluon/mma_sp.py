@@ -271,11 +271,12 @@ def spmm_24_mma_sp(
         rounds = triton.cdiv(w_hw.k, MMA_BLOCK_K * tile.warps_k)
         splits = split_count(programs, rounds, multiprocessors(x.device))
     launch = prepare(x, w_hw, bias, scale, act, tile=tile, splits=splits)
-    _mma_sp_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
-    if launch.parts is not None:
-        if scale is not None and scale.numel() == 1:
-            scale = scale.reshape(1).expand(w_hw.n).contiguous()
-        add_parts(launch.parts, launch.out.view(m, w_hw.n), bias, scale, act)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        _mma_sp_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
+        if launch.parts is not None:
+            if scale is not None and scale.numel() == 1:
+                scale = scale.reshape(1).expand(w_hw.n).contiguous()
+            add_parts(launch.parts, launch.out.view(m, w_hw.n), bias, scale, act)
     return launch.out
 
 

@@ -321,9 +321,10 @@ def spmm_24_wgmma_sp(
         )
     launch = prepare(x, w_hw, bias, scale, act, tile=tile, programs=multiprocessors(x.device))
     args = [_descriptor(a) if isinstance(a, TmaView) else a for a in launch.args]
-    if not ADDRESS_IS_GIVEN:
-        _prove_arena(launch, args)
-    _wgmma_sp_kernel[launch.grid](*args, **launch.constants, num_warps=launch.warps)
+    with torch.cuda.device(x.device):  # Triton launches on the current device
+        if not ADDRESS_IS_GIVEN:
+            _prove_arena(launch, args)
+        _wgmma_sp_kernel[launch.grid](*args, **launch.constants, num_warps=launch.warps)
     return launch.out
 
 

@@ -69,7 +69,6 @@ def test_summary_joins_seeds_only():
 
 
 def test_fashion_halves_the_network(tmp_path, monkeypatch):
-    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
     data = digits.Digits("tiny", *random_digits(1, 16, 16), classes=10)
     monkeypatch.setattr(bench_pruning, "FASHION", tmp_path)
     monkeypatch.setattr(digits, "load", lambda folder: data)
@@ -135,7 +134,6 @@ def test_embeddings_are_means_over_tokens():
 
 
 def test_half_of_a_multiple_of_eight_is_what_plan_takes():
-    pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
     model = pruning_train.residual_network().eval()
     plan = pruning.plan(
         model,

@@ -196,3 +196,15 @@ def test_channel_index_takes_lists_ranges_and_tensors(device):
         assert (kept.kept, kept.width) == (3, 8)
     assert channel_index(range(8), 8).kept == 8
     assert channel_index([], 8).kept == 0
+
+
+def test_tables_are_real_whatever_device_or_mode_asks_first():
+    """They are kept for every later caller."""
+    from torch._subclasses import FakeTensorMode
+
+    for table in (formats.position_table, formats.byte_table):
+        table.cache_clear()
+        with torch.device("meta"), FakeTensorMode():
+            first = table(2, 4)
+        assert type(first) is torch.Tensor and first.device.type == "cpu"
+        assert table(2, 4) is first

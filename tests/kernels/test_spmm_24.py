@@ -377,7 +377,10 @@ def test_operands_are_left_as_they_are(device):
     seed=st.integers(0, 99),
 )
 def test_any_shape_pattern_and_stride(m, n, k, pattern, dtype, layouts, split, seed, device):
-    w, x, dy, bias = operands(m, n, k, dtype, device, *pattern, seed=seed)
+    # Quarters: sums are exact, so that one output that nearly cancels cannot fail the rule.
+    w, x, dy, bias = (
+        (t * 4).round() / 4 for t in operands(m, n, k, dtype, device, *pattern, seed=seed)
+    )
     x, dy = LAYOUTS[layouts[0]](x), LAYOUTS[layouts[1]](dy)
     assert_products(w, x, dy, bias, pattern, split=split)
 
@@ -527,3 +530,9 @@ def test_rows_may_lie_more_than_two_to_the_31_elements_apart(device):
     assert torch.equal(dv, spmm_24_wgrad(dy.clone(), near, packed))
     assert torch.equal(spmm_24_dgrad(dy, packed), spmm_24_dgrad(dy.clone(), packed))
     assert spmm_24(near, packed).abs().max() > 0 and dv.abs().max() > 0
+
+
+def test_rows_without_elements_need_no_strides(device):
+    packed = pack_24(random_24(8, 8, device=device))
+    x = torch.randn(2, 0, 2, 0, 2, 8, device=device)
+    assert spmm_24(x, packed).shape == spmm_24_dgrad(x, packed).shape == x.shape

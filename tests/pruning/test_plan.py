@@ -289,3 +289,23 @@ def test_dead_inputs_are_in_the_report(mlp, normal, capsys):
     )
     assert "0: 1 of 16 inputs are always zero" in str(plan)
     assert "0: 1 of 16 inputs are always zero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"pattern": "2:4"}, "pattern must be a pattern as NofM"),
+        ({"score": "magnitude"}, "score must be a score as Magnitude"),
+        ({"amount": 0.5}, "amount must be an amount as Uniform"),
+        ({"ignore": ["re:("]}, "is no regular expression"),
+        (
+            {"score": lambda w, c: w * float("nan")},
+            r"a score must hold no NaN, got one at \[0, 0\]",
+        ),
+    ],
+    ids=["pattern", "score", "amount", "regex", "nan"],
+)
+def test_a_wrong_kind_is_refused_by_name(wrong, text):
+    arguments = {"pattern": pruning.NofM(keep=2, group=4), **wrong}
+    with pytest.raises(ValueError, match=text):
+        pruning.plan(nn.Sequential(nn.Linear(8, 8)), torch.zeros(1, 8), **arguments)

@@ -514,3 +514,9 @@ def test_missing_parents_are_made_and_strings_are_paths(tmp_path):
     model = SparseLinear24(8, 4)
     save(model, str(tmp_path / "a" / "b"))
     assert_same(load(lambda: nn.Linear(8, 4), str(tmp_path / "a" / "b")), model)
+
+
+def test_a_model_instead_of_its_factory_is_refused(tmp_path):
+    save(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m")
+    with pytest.raises(ValueError, match="factory must be a function that makes the dense model"):
+        load(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m")

@@ -158,3 +158,19 @@ def test_tensors_of_nested_outputs_are_all_compared():
     a, b = torch.ones(2), torch.ones(3)
     found = tensors_in({"y": a, "rest": [(b, 3), None, torch.arange(2)]})
     assert len(found) == 2 and any(t is a for t in found) and any(t is b for t in found)
+
+
+def test_a_reference_that_cannot_run_in_float64_is_said():
+    class Casts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x.softmax(-1, dtype=torch.float32))
+
+    model = Casts()
+    report = verify(model, copy.deepcopy(model), torch.zeros(2, 8))
+    assert not report.ok
+    (bad,) = report.violations
+    assert bad.what == "outputs" and "does not run in float64" in bad.detail
