@@ -1,0 +1,144 @@
+"""How calls are timed: interleaved rounds, L2 cold, eager or as a captured CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Call = Callable[[], Any]
+# Bytes written before a timed call, per byte of L2: evicts it all, and keeps the GPU busy while the
+# host queues the call, so that the events do not see the host.
+FLUSH_PER_L2 = 8
+
+
+class Times(NamedTuple):
+    """Microseconds per call: 20th, 50th and 80th percentile over the rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def percentiles(samples: Sequence[float]) -> Times:
+    """The percentiles of at least one sample."""
+    if len(samples) == 1:
+        return Times(*samples * 3)
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    return Times(cuts[1], cuts[4], cuts[7])
+
+
+def capture(calls: Sequence[Call], device: torch.device) -> torch.cuda.CUDAGraph:
+    """One CUDA graph of `calls`, in order, each run three times before on a side stream.
+
+    Raises:
+        RuntimeError: a call does what cannot be captured (waits for the GPU, copies from the host).
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for call in calls:
+                    call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    return graph
+
+
+def flush_buffer(device: torch.device) -> torch.Tensor:
+    """A buffer whose zero_() evicts everything from the L2 cache of `device`."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(l2, 1 << 20) * FLUSH_PER_L2, dtype=torch.int8, device=device)
+
+
+def _gpu_us(run: Call, flush: torch.Tensor | None) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if flush is not None:
+        flush.zero_()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def _cpu_us(run: Call) -> float:
+    start = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def _in_turn(calls: Sequence[Call]) -> Call:
+    """The next of `calls` at each call, round and round."""
+    turn = [0]
+
+    def run() -> None:
+        calls[turn[0] % len(calls)]()
+        turn[0] += 1
+
+    return run
+
+
+def time_us(
+    calls: Mapping[str, Call | Sequence[Call]],
+    device: torch.device | str,
+    *,
+    graph: bool = False,
+    flush: bool = True,
+    rounds: int = 30,
+    warmup: int = 3,
+) -> dict[str, Times]:
+    """Microseconds of each of `calls`, measured in turn in every round.
+
+    Interleaving lets every competitor meet the same clocks and temperature.
+
+    Args:
+        calls: name -> a call, or several of the same work on different inputs: eager calls rotate
+            through them, a graph holds all of them and its time is divided by their number.
+        graph: replay a CUDA graph of the calls, without the host's share; needs a GPU.
+        flush: on a GPU, empty the L2 cache before each measurement.
+        rounds, warmup: measured rounds, and rounds before them that are thrown away.
+    Raises:
+        ValueError: no calls, no rounds, or `graph` without a GPU.
+        RuntimeError: a call cannot be captured in a graph; torch says why.
+    """
+    device = torch.device(device)
+    if not calls or rounds < 1:
+        raise ValueError(f"needs calls and at least one round, got {len(calls)} and {rounds}")
+    if graph and device.type != "cuda":
+        raise ValueError(f"a CUDA graph needs a CUDA device, got {device}")
+    lists = {name: [c] if callable(c) else list(c) for name, c in calls.items()}
+    if device.type != "cuda":
+        return _measure({n: (_in_turn(c), 1) for n, c in lists.items()}, _cpu_us, rounds, warmup)
+    with torch.cuda.device(device):
+        buffer = flush_buffer(device) if flush else None
+        runs: dict[str, tuple[Call, int]] = {}
+        for name, several in lists.items():
+            if graph:
+                runs[name] = (capture(several, device).replay, len(several))
+            else:
+                runs[name] = (_in_turn(several), 1)
+        return _measure(runs, lambda run: _gpu_us(run, buffer), rounds, warmup)
+
+
+def _measure(
+    runs: Mapping[str, tuple[Call, int]],
+    clock: Callable[[Call], float],
+    rounds: int,
+    warmup: int,
+) -> dict[str, Times]:
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + rounds):
+        for name, (run, per_run) in runs.items():
+            us = clock(run) / per_run
+            if turn >= warmup:
+                samples[name].append(us)
+    return {name: percentiles(us) for name, us in samples.items()}

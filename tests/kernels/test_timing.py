@@ -1,0 +1,51 @@
+"""Timing: order of the calls, percentiles, refusals."""
+
+import time
+
+import pytest
+import torch
+
+from slimgemm.kernels.timing import Times, percentiles, time_us
+
+
+def test_calls_take_turns_in_every_round_and_sets_rotate():
+    seen = []
+    calls = {
+        "a": [lambda: seen.append("a0"), lambda: seen.append("a1")],
+        "b": lambda: seen.append("b"),
+    }
+    times = time_us(calls, "cpu", rounds=3, warmup=1)
+    assert seen == ["a0", "b", "a1", "b", "a0", "b", "a1", "b"]
+    assert list(times) == ["a", "b"] and all(t.p20 <= t.p50 <= t.p80 for t in times.values())
+
+
+def test_the_time_is_that_of_the_call():
+    times = time_us({"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, "cpu", rounds=5)
+    assert times["sleep"].p20 >= 10_000
+    assert times["nothing"].p50 < 1_000
+
+
+def test_percentiles():
+    assert percentiles([7.0]) == Times(7.0, 7.0, 7.0)
+    assert percentiles([float(i) for i in range(11)]) == Times(2.0, 5.0, 8.0)
+
+
+@pytest.mark.parametrize(
+    "calls,more,text",
+    [
+        ({}, {}, "needs calls and at least one round, got 0 and 30"),
+        ({"a": print}, {"rounds": 0}, "got 1 and 0"),
+        ({"a": print}, {"graph": True}, "a CUDA graph needs a CUDA device, got cpu"),
+    ],
+)
+def test_refusals(calls, more, text):
+    with pytest.raises(ValueError, match=text):
+        time_us(calls, "cpu", **more)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_of_two_sets_takes_as_long_per_call_as_one():
+    a = [torch.randn(4096, 4096, device="cuda") for _ in range(2)]
+    one = time_us({"mm": lambda: a[0] @ a[0]}, "cuda", graph=True)["mm"]
+    two = time_us({"mm": [lambda: a[0] @ a[0], lambda: a[1] @ a[1]]}, "cuda", graph=True)["mm"]
+    assert 0.7 < two.p50 / one.p50 < 1.4
