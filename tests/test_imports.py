@@ -16,7 +16,7 @@ FOLDERS = ("kernels", "sparse_ops", "pruning", "benchmarks")
 MAY_IMPORT = {
     "kernels": (),
     "sparse_ops": ("slimgemm.kernels",),
-    "pruning": ("slimgemm.kernels.formats",),
+    "pruning": ("slimgemm.kernels.formats", "slimgemm.kernels.timing"),
     "benchmarks": ("slimgemm",),
     "tests": ("slimgemm",),
 }
