@@ -1,4 +1,4 @@
-"""Cost: multiply-accumulates, parameters, bytes, and a relative energy.
+"""Cost: multiply-accumulates, parameters, and bytes on disk and moved.
 
 One MAC is one multiply and one add. Two conventions are counted, because published numbers use
 both: `macs` has convolutions and linear layers only; `macs_with_norm` adds one per output element
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from slimgemm.pruning.energy import ENERGY, HOROWITZ45, EnergyTable
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
 
 NORMS_AND_MEANS = (
@@ -36,6 +37,8 @@ NORMS_AND_MEANS = (
     "_adaptive_avg_pool2d",
     "_adaptive_avg_pool3d",
 )
+__all__ = ["ENERGY", "HOROWITZ45", "Cost", "EnergyTable", "LayerCost", "count_macs"]
+
 PRODUCTS = ("mm", "addmm", "convolution", "_convolution", "addmv", "mv")
 ATTENTION = ("bmm", "baddbmm")
 
@@ -78,51 +81,24 @@ class Cost:
     bytes: int
     layers: Mapping[str, LayerCost]
 
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes per forward: weights once, inputs and outputs of Linear and convolution layers."""
+        return sum(
+            layer.weight_bytes + layer.input_bytes + layer.output_bytes
+            for layer in self.layers.values()
+        )
 
-@dataclass(frozen=True)
-class EnergyTable:
-    """Energy of single operations, in picojoules, for one process node.
-
-    Args:
-        name: what reports print.
-        mac_pj: dtype -> energy of one multiply and add of that width.
-        word_bits: width of the memory word below.
-        sram_pj: one access to a word in a small on-chip memory (32 KB).
-        dram_pj: one access to a word in DRAM.
-    """
-
-    name: str
-    mac_pj: Mapping[torch.dtype, float]
-    word_bits: int
-    sram_pj: float
-    dram_pj: float
-
-    def layer(
-        self, macs: float, weight_bytes: float, activation_bytes: float, dtype: torch.dtype
-    ) -> float:
-        """pJ of a layer: its MACs, weights once from DRAM, activations once through SRAM.
-
-        NaN where the table has no MAC energy for the dtype.
-        """
-        if dtype not in self.mac_pj:
-            return float("nan")
-        word = self.word_bits / 8
-        memory = weight_bytes / word * self.dram_pj + activation_bytes / word * self.sram_pj
-        return macs * self.mac_pj[dtype] + memory
-
-
-# 45 nm, 0.9 V; relative comparisons only. MAC: fp32 3.7 + 0.9, fp16 1.1 + 0.4, int8 0.2 + int32
-# add 0.1 (Horowitz, ISSCC 2014). Memory per 32-bit word, SRAM of 32 KB (EIE, arXiv 1602.01528).
-HOROWITZ45 = EnergyTable(
-    name="horowitz45",
-    mac_pj=MappingProxyType(
-        {torch.float32: 4.6, torch.float16: 1.5, torch.bfloat16: 1.5, torch.int8: 0.3}
-    ),
-    word_bits=32,
-    sram_pj=5.0,
-    dram_pj=640.0,
-)
-ENERGY = MappingProxyType({HOROWITZ45.name: HOROWITZ45})
+    def __str__(self) -> str:
+        """Every figure with its unit, MACs in both conventions."""
+        lines = [
+            f"{self.macs:,} MACs in convolutions and linear layers",
+            f"{self.macs_with_norm:,} MACs with outputs of normalisations, means and average pools",
+            f"{self.macs_attention:,} MACs in products of two activations, in neither of these",
+            f"{self.params:,} parameters, {self.bytes:,} bytes with buffers",
+            f"{self.moved_bytes:,} bytes moved per forward by convolutions and linear layers",
+        ]
+        return "\n".join(lines)
 
 
 class _Counter(TorchDispatchMode):

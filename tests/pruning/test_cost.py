@@ -82,3 +82,12 @@ def test_energy_of_a_layer():
     assert table.layer(10, 0, 0, torch.int8) == pytest.approx(3)
     assert math.isnan(table.layer(10, 0, 0, torch.float64))
     assert cost.ENERGY["horowitz45"] is table
+
+
+def test_both_conventions_and_moved_bytes_are_printed(vgg):
+    found = count_macs(vgg(*WIDTHS), torch.zeros(1, 3, 32, 32))
+    text = str(found)
+    assert "605,754,368 MACs in convolutions" in text and "606,164,480 MACs with" in text
+    assert "9,228,362 parameters" in text
+    small = count_macs(nn.Linear(3, 5), torch.zeros(2, 3))
+    assert small.moved_bytes == 4 * (15 + 5 + 6 + 10)
