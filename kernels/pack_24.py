@@ -136,5 +136,5 @@ def pack_24(w: Tensor, keep: int = 2, group: int = 4) -> Packed24:
             groups = packed.meta.shape[1] * 8 // group
             row, g = divmod(first, groups)
             nonzeros = int((w[row, g * group : (g + 1) * group] != 0).sum())
-            raise_not_packable(keep, group, groups, count, first, nonzeros)
+            raise_not_packable(keep, group, groups, count, first, nonzeros, w.shape[1])
     return packed

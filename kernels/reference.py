@@ -5,14 +5,12 @@ They define what a kernel must compute, and they are what a CPU runs.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from slimgemm.kernels.formats import (
     BYTE_WEIGHTS,
@@ -21,6 +19,7 @@ from slimgemm.kernels.formats import (
     check_pattern,
     check_shapes,
     packed_shapes,
+    pair_table,
     position_table,
     values_per_byte,
 )
@@ -56,17 +55,19 @@ def check_dense(w: Tensor) -> None:
 
 
 def raise_not_packable(
-    keep: int, group: int, groups: int, count: int, first: int, nonzeros: int
+    keep: int, group: int, groups: int, count: int, first: int, nonzeros: int, k: int
 ) -> None:
     """Raise the error of a weight that has more than `keep` non-zeros in a group.
 
     Args:
         groups: groups per row; first: row-major number of the first bad one; count: bad ones.
         nonzeros: non-zeros in the first bad group.
+        k: columns of the weight, which the last group may reach past.
     """
     row, g = divmod(first, groups)
+    last = min(g * group + group, k) - 1
     raise ValueError(
-        f"weight is not {keep}:{group}: row {row}, columns {g * group}-{g * group + group - 1} "
+        f"weight is not {keep}:{group}: row {row}, columns {g * group}-{last} "
         f"hold {nonzeros} nonzeros ({count} such groups in all); prune it first "
         "(slimgemm.pruning.plan)"
     )
@@ -92,7 +93,7 @@ def _pack(w: Tensor, keep: int, group: int, prune: bool) -> Packed24:
         if bool(bad.any()):
             first = int(bad.int().argmax())
             nonzeros = int((groups.reshape(-1, group)[first] != 0).sum())
-            raise_not_packable(keep, group, groups.shape[1], int(bad.sum()), first, nonzeros)
+            raise_not_packable(keep, group, groups.shape[1], int(bad.sum()), first, nonzeros, k)
     values = groups[kept].view(n, stored) + 0.0  # + 0.0 turns -0.0 into +0.0
     bits = kept.view(n, columns, BYTE_WEIGHTS) << torch.arange(BYTE_WEIGHTS, device=w.device)
     mask = bits.sum(-1).to(torch.int32)
@@ -115,29 +116,60 @@ def prune_dense_24_ref(w: Tensor, keep: int = 2, group: int = 4) -> Tensor:
     return unpack_24_ref(prune_24_ref(w, keep, group))
 
 
-@functools.cache
-def _table_on(device: torch.device, keep: int, group: int) -> Tensor:
-    with _disable_current_modes():  # cached, so never a fake tensor
-        return position_table(keep, group).to(device)
+def _computed_positions(meta: Tensor, keep: int, group: int) -> Tensor:
+    """int64 [bytes, values per byte]: kept positions 0..7 of every byte, by arithmetic.
+
+    Reads no table: a CUDA graph cannot be captured while one is copied to the GPU.
+    """
+    m = meta.reshape(-1).int()
+    if (keep, group) == (2, 4):
+        places = [(m >> shift & 3) + shift // 4 * 4 for shift in (0, 2, 4, 6)]
+        return torch.stack(places, -1).long()
+    places = []
+    for _ in range(values_per_byte(keep, group)):
+        low = m & -m  # the lowest bit that is set; its number in binary, digit by digit:
+        digits = [((low & mask) != 0).int() * 2**i for i, mask in enumerate((0xAA, 0xCC, 0xF0))]
+        places.append(sum(digits[1:], digits[0]))
+        m = m ^ low
+    return torch.stack(places, -1).long()
 
 
-def _positions(meta: Tensor, keep: int, group: int) -> Tensor:
-    """int64 [bytes of meta, values per byte]: where in its 8 lanes each stored value goes."""
-    return _table_on(meta.device, keep, group).index_select(0, meta.reshape(-1).int())
+def _positions(meta: Tensor, keep: int, group: int) -> tuple[Tensor, int]:
+    """Where the stored values go: int64 [rows, values of a row], and how many weights a row has."""
+    flat = meta.reshape(-1)
+    if meta.device.type != "cpu":
+        return _computed_positions(flat, keep, group), BYTE_WEIGHTS
+    if flat.numel() % 2 or flat.storage_offset() % 2:
+        return position_table(keep, group).index_select(0, flat.int()), BYTE_WEIGHTS
+    pairs = flat.view(torch.uint16).int()
+    return pair_table(keep, group).index_select(0, pairs), 2 * BYTE_WEIGHTS
 
 
 def unpack_24_ref(packed: Packed24) -> Tensor:
     """Twin of unpack_24: Packed24 -> dense [N, k]."""
     check_shapes(packed)
-    n, k = packed.shape
-    dense = packed.values.new_empty(n, packed.meta.shape[1] * BYTE_WEIGHTS)
-    for rows in _blocks(packed):
-        _decode(packed, rows, dense[rows])
-    return dense[:, :k]
+    return _dense(packed)
+
+
+def _dense(packed: Packed24) -> Tensor:
+    """The dense [N, k] of a checked weight, decoded at once where it is small."""
+    n, columns = packed.meta.shape
+    values = packed.values.detach()
+    dense = values.new_empty(n, columns * BYTE_WEIGHTS)
+    if _is_one_block(packed):
+        _decode(values, packed, packed.meta, dense)
+    else:
+        for rows in _blocks(packed):
+            _decode(values[rows], packed, packed.meta[rows], dense[rows])
+    return dense if packed.k == dense.shape[1] else dense[:, : packed.k]
 
 
 def _block_rows(packed: Packed24) -> int:
     return max(64, BLOCK_WEIGHTS // max(1, packed.k))
+
+
+def _is_one_block(packed: Packed24) -> bool:
+    return packed.values.shape[0] <= _block_rows(packed)
 
 
 def _blocks(packed: Packed24) -> Iterator[slice]:
@@ -145,31 +177,31 @@ def _blocks(packed: Packed24) -> Iterator[slice]:
     return (slice(start, min(start + rows, n)) for start in range(0, n, rows))
 
 
-def _decode(packed: Packed24, rows: slice, out: Tensor) -> None:
-    """Write the dense weights of `rows` to `out` [rows, padded k]."""
-    values, meta, _, keep, group = packed
-    positions = _positions(meta[rows], keep, group)
-    stored = values.detach()[rows].reshape(-1, values_per_byte(keep, group))
-    out.zero_().view(-1, BYTE_WEIGHTS).scatter_(1, positions, stored)
+def _decode(values: Tensor, packed: Packed24, meta: Tensor, out: Tensor) -> None:
+    """Write the dense weights of some rows of `packed` to `out` [rows, padded k]."""
+    positions, lanes = _positions(meta, packed.keep, packed.group)
+    out.zero_().view(-1, lanes).scatter_(1, positions, values.view(positions.shape))
 
 
 def dense_blocks(packed: Packed24) -> Iterator[tuple[slice, Tensor]]:
     """(rows, dense [rows, k]) of a packed weight, block by block in one buffer that is reused."""
     n, k = packed.shape
+    values = packed.values.detach()
     shape = min(n, _block_rows(packed)), packed.meta.shape[1] * BYTE_WEIGHTS
-    buffer = packed.values.detach().new_empty(shape)
+    buffer = values.new_empty(shape)
     for rows in _blocks(packed):
         block = buffer[: rows.stop - rows.start]
-        _decode(packed, rows, block)
+        _decode(values[rows], packed, packed.meta[rows], block)
         yield rows, block[:, :k]
 
 
 def gather_24_ref(dense: Tensor, packed: Packed24) -> Tensor:
     """Entries of a dense [N, k] at the kept positions of `packed`: [N, stored], 0 in padding."""
     _, meta, k, keep, group = packed
-    positions = _positions(meta, keep, group)
-    padded = F.pad(dense, (0, meta.shape[1] * BYTE_WEIGHTS - k))
-    return padded.reshape(-1, BYTE_WEIGHTS).gather(1, positions).view(packed.values.shape)
+    positions, lanes = _positions(meta, keep, group)
+    missing = meta.shape[1] * BYTE_WEIGHTS - k
+    padded = F.pad(dense, (0, missing)) if missing else dense
+    return padded.reshape(-1, lanes).gather(1, positions).view(packed.values.shape)
 
 
 def check_product(name: str, x: Tensor, columns: int, w: Packed24) -> None:
@@ -211,7 +243,7 @@ def check_epilogue_ref(
 
 def _as_matrix(x: Tensor) -> Tensor:
     """`x` [..., columns] as a matrix. The rows are said, since -1 fails with no columns."""
-    return x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 @torch.no_grad()
@@ -227,26 +259,33 @@ def spmm_24_ref(
     check_product("x", x, k, w)
     check_epilogue_ref(n, x, bias, scale, act)
     rows = _as_matrix(x)
-    z = rows.new_empty(rows.shape[0], n)
-    for out, dense in dense_blocks(w):
-        if bias is None or scale is not None:
-            torch.mm(rows, dense.t(), out=z[:, out])
-        else:
-            torch.addmm(bias[out].to(x.dtype), rows, dense.t(), out=z[:, out])
+    added = None if bias is None else bias.to(x.dtype)
+    fused = None if scale is not None else added
+    if _is_one_block(w):
+        z = F.linear(rows, _dense(w), fused)
+    else:
+        z = rows.new_empty(rows.shape[0], n)
+        for out, dense in dense_blocks(w):
+            if fused is None:
+                torch.mm(rows, dense.t(), out=z[:, out])
+            else:
+                torch.addmm(fused[out], rows, dense.t(), out=z[:, out])
     if scale is not None:
         z = z * scale.to(x.dtype)
-        z = z if bias is None else z + bias.to(x.dtype)
-    return activate(z, act).view(*x.shape[:-1], n)
+        z = z if added is None else z + added
+    y = activate(z, act)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], n)
 
 
 @torch.no_grad()
 def spmm_24_dgrad_ref(dy: Tensor, w: Packed24) -> Tensor:
     """Twin of spmm_24_dgrad: dy [..., N] @ dense(w) -> [..., k]."""
     check_product("dy", dy, w.shape[0], w)
-    if dy.dtype not in (torch.float32, torch.float64):
-        # Sums over blocks would be rounded to 16 bits once per block.
-        return dy @ unpack_24_ref(w)
+    # Sums over blocks would be rounded to 16 bits once per block.
+    whole = _is_one_block(w) or dy.element_size() < 4
     rows = _as_matrix(dy)
+    if whole:
+        return (rows @ _dense(w)).view(*dy.shape[:-1], w.k)
     dx = rows.new_zeros(rows.shape[0], w.k)
     for n, dense in dense_blocks(w):
         dx.addmm_(rows[:, n], dense)
@@ -260,6 +299,8 @@ def spmm_24_wgrad_ref(dy: Tensor, x: Tensor, w: Packed24) -> Tensor:
     check_product("x", x, w.k, w)
     check_same_rows(dy, x)
     left, right = _as_matrix(dy).t(), _as_matrix(x)
+    if _is_one_block(w):
+        return gather_24_ref(left @ right, w)
     dvalues = torch.empty_like(w.values)
     for n in _blocks(w):
         part = w._replace(values=w.values[n], meta=w.meta[n])

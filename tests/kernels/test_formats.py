@@ -50,6 +50,17 @@ def test_one_weight_too_many_in_the_last_group(op, pattern, device):
         op(w, *pattern)
 
 
+@named(PACKS)
+def test_no_column_past_the_last_one_is_named(op, device):
+    w = torch.zeros(2, 10, 4, device=device)[..., 0]
+    w[1, 7:] = 1.0
+    assert op(w, 2, 4).shape == (2, 10)
+    w[1] = 1.0
+    w[1, :8] = 0.0
+    with pytest.raises(ValueError, match=r"not 1:8: row 1, columns 8-9 hold 2 nonzeros \(1 such"):
+        op(w, 1, 8)
+
+
 @named(PACKS + PRUNES)
 def test_rank_integers_and_patterns(op, device):
     for bad, text in (
@@ -208,3 +219,25 @@ def test_tables_are_real_whatever_device_or_mode_asks_first():
             first = table(2, 4)
         assert type(first) is torch.Tensor and first.device.type == "cpu"
         assert table(2, 4) is first
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_positions_by_arithmetic_and_of_pairs_are_those_of_the_table(pattern):
+    table = formats.position_table(*pattern)
+    bytes_ = (table[:, 0] >= 0).nonzero().view(-1)
+    computed = reference._computed_positions(bytes_.to(torch.uint8), *pattern)
+    assert torch.equal(computed, table[bytes_])
+    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256)).to(torch.uint8)
+    rows = formats.pair_table(*pattern)[pairs.view(torch.uint16).view(-1).int()]
+    first, second = table[pairs.int()].unbind(1)
+    assert torch.equal(rows, torch.cat([first, torch.where(second < 0, second, second + 8)], 1))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_metadata_at_an_odd_place_decodes_the_same(pattern):
+    w = random_24(6, 24, keep=pattern[0], group=pattern[1])
+    packed = reference.pack_24_ref(w, *pattern)
+    for rows in (slice(0, 6), slice(1, 6), slice(1, 5), slice(0, 3)):
+        part = packed._replace(values=packed.values[rows], meta=packed.meta[rows])
+        assert torch.equal(reference.unpack_24_ref(part), w[rows])
+        assert torch.equal(reference.gather_24_ref(w[rows], part), packed.values[rows])
