@@ -1,0 +1,266 @@
+"""spmm_24, its gradients and its fused epilogue, against torch dense and semi-structured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slimgemm import kernels
+from slimgemm.benchmarks.harness import Case, Implementation, Missing
+from slimgemm.benchmarks.inputs import generator, normal, random_24
+from slimgemm.benchmarks.peers import Compiled, Cusparselt, Peers, cutlass_linear, need_gpu
+from slimgemm.kernels.dispatch import launcher
+from slimgemm.kernels.reference import allowed_error, gather_24_ref, output_error
+from slimgemm.kernels.timing import Call
+
+ACT = "gelu"
+
+
+class Given(NamedTuple):
+    """One input set: x [m, k], dy [m, n] (no rows where unused), dense 2:4 w [n, k], two [n]."""
+
+    x: Tensor
+    dy: Tensor
+    w: Tensor
+    bias: Tensor
+    scale: Tensor
+
+
+class Product(NamedTuple):
+    """One product of a linear layer [n, k] with m rows, and where it runs."""
+
+    layer: str
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    device: torch.device
+    peers: Peers
+
+    @property
+    def rows_bytes(self) -> int:
+        """Bytes of x and y."""
+        return self.m * (self.n + self.k) * self.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        """Least bytes of a dense product."""
+        return self.rows_bytes + self.n * self.k * self.dtype.itemsize
+
+    @property
+    def packed_bytes(self) -> int:
+        """Least bytes of a product with a packed weight: half its values, a byte for eight."""
+        columns = -(-self.k // 8)
+        return self.rows_bytes + self.n * columns * (4 * self.dtype.itemsize + 1)
+
+    def inputs(self, gradient: bool) -> Callable[[int], Given]:
+        """Seed -> an input set."""
+
+        def make(seed: int) -> Given:
+            by = generator(self.device, seed)
+            x = normal(self.m, self.k, dtype=self.dtype, by=by)
+            dy = normal(self.m if gradient else 0, self.n, dtype=self.dtype, by=by)
+            w = random_24(self.n, self.k, self.dtype, by)
+            bias, scale = (normal(self.n, dtype=self.dtype, by=by) for _ in range(2))
+            return Given(x, dy, w, bias, scale)
+
+        return make
+
+    def case(
+        self,
+        op: str,
+        exact: Callable[[Given], Tensor],
+        dense: Callable[[Given], Tensor],
+        implementations: Sequence[Implementation],
+    ) -> Case:
+        """The case of this product."""
+        return Case(
+            op=op,
+            layer=self.layer,
+            sizes={"m": self.m, "n": self.n, "k": self.k},
+            dtype=self.dtype,
+            flop=2 * self.m * self.n * self.k,
+            inputs=self.inputs(gradient="grad" in op),
+            exact=exact,
+            dense=dense,
+            implementations=implementations,
+            input_bytes=self.packed_bytes - self.m * self.n * self.dtype.itemsize,
+        )
+
+
+def portable(g: Given) -> Call:
+    """The portable Triton kernel itself, whatever the dispatcher would take."""
+    need_gpu(g.w, "the portable Triton kernel")
+    packed, run = kernels.pack_24(g.w), launcher("spmm_24")
+    return lambda: run(g.x, packed)
+
+
+def need_capability(wanted: tuple[int, int], exact: bool) -> None:
+    """Raise Missing unless the current GPU has this compute capability, or a later one."""
+    found = torch.cuda.get_device_capability()
+    if found < wanted or (exact and found != wanted):
+        raise Missing(f"needs compute capability {wanted}, this GPU has {found}")
+
+
+def _check_16_bit(g: Given, name: str) -> None:
+    need_gpu(g.w, name)
+    if g.w.dtype not in (torch.float16, torch.bfloat16):
+        raise Missing(f"{name} takes fp16 and bf16 only")
+
+
+def mma_sp(g: Given) -> Call:
+    """The sparse tensor core kernel of sm_80 and later."""
+    _check_16_bit(g, "mma_sp")
+    need_capability((8, 0), exact=False)
+    from slimgemm.kernels.gluon import mma_sp as file
+    from slimgemm.kernels.gluon import orders
+
+    weight = orders.to_mma_sp(kernels.pack_24(g.w))
+    return lambda: file.spmm_24_mma_sp(g.x, weight)
+
+
+def wgmma_sp(g: Given) -> Call:
+    """The sparse tensor core kernel of Hopper."""
+    _check_16_bit(g, "wgmma_sp")
+    need_capability((9, 0), exact=True)
+    from slimgemm.kernels.gluon import orders
+    from slimgemm.kernels.gluon import wgmma_sp as file
+
+    weight = orders.to_wgmma_sp(kernels.pack_24(g.w))
+    return lambda: file.spmm_24_wgmma_sp(g.x, weight)
+
+
+def forward(p: Product) -> Case:
+    """x @ w.T."""
+    lt, fast = Cusparselt(), Compiled(F.linear, p.peers)
+
+    def ours(g: Given) -> Call:
+        packed = kernels.pack_24(g.w)
+        return lambda: kernels.spmm_24(g.x, packed)
+
+    sparse, dense = p.packed_bytes, p.dense_bytes
+    competitors = (
+        Implementation("slimgemm spmm_24", ours, sparse),
+        Implementation("slimgemm portable", portable, sparse),
+        Implementation("slimgemm mma_sp", mma_sp, sparse),
+        Implementation("slimgemm wgmma_sp", wgmma_sp, sparse),
+        Implementation("torch dense", lambda g: lambda: F.linear(g.x, g.w), dense),
+        Implementation("torch dense compiled", lambda g: fast(g.x, g.w), dense),
+        Implementation("torch cusparselt", lambda g: lt(g.x, g.w), sparse, note=lt.note),
+        Implementation("torch cutlass", lambda g: cutlass_linear(g.x, g.w), sparse),
+    )
+    exact = lambda g: g.x.double() @ g.w.double().t()  # noqa: E731
+    return p.case("spmm_24", exact, lambda g: F.linear(g.x, g.w), competitors)
+
+
+def _untransposable(g: Given) -> Call:
+    raise Missing("torch packs both directions only of masks of 4 x 4 tiles, not of row-wise 2:4")
+
+
+def dgrad(p: Product) -> Case:
+    """dy @ w."""
+    fast = Compiled(torch.matmul, p.peers)
+
+    def ours(g: Given) -> Call:
+        packed = kernels.pack_24(g.w)
+        return lambda: kernels.spmm_24_dgrad(g.dy, packed)
+
+    competitors = (
+        Implementation("slimgemm spmm_24_dgrad", ours, p.packed_bytes),
+        Implementation("torch dense", lambda g: lambda: g.dy @ g.w, p.dense_bytes),
+        Implementation("torch dense compiled", lambda g: fast(g.dy, g.w), p.dense_bytes),
+        Implementation("torch cusparselt", _untransposable, p.packed_bytes),
+    )
+    exact = lambda g: g.dy.double() @ g.w.double()  # noqa: E731
+    return p.case("spmm_24_dgrad", exact, lambda g: g.dy @ g.w, competitors)
+
+
+def full_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The dense dW [n, k]."""
+    return dy.t() @ x
+
+
+def check_full_gradient(g: Given, got: Tensor) -> tuple[float, float]:
+    """The tolerance rule for the dense dW, which has more entries than the kept ones."""
+    exact = full_gradient(g.dy.double(), g.x.double())
+    return output_error(got, exact), allowed_error(full_gradient(g.dy, g.x), exact)
+
+
+def wgrad(p: Product) -> Case:
+    """dy.T @ x at the kept positions; a dense product computes all of them."""
+    fast = Compiled(full_gradient, p.peers)
+
+    def ours(g: Given) -> Call:
+        packed = kernels.pack_24(g.w)
+        return lambda: kernels.spmm_24_wgrad(g.dy, g.x, packed)
+
+    def kept(g: Given, dw: Tensor) -> Tensor:
+        return gather_24_ref(dw, kernels.pack_24(g.w))
+
+    competitors = (
+        Implementation("slimgemm spmm_24_wgrad", ours, p.packed_bytes),
+        Implementation(
+            "torch dense",
+            lambda g: lambda: full_gradient(g.dy, g.x),
+            p.dense_bytes,
+            check=check_full_gradient,
+        ),
+        Implementation(
+            "torch dense compiled",
+            lambda g: fast(g.dy, g.x),
+            p.dense_bytes,
+            check=check_full_gradient,
+        ),
+    )
+    return p.case(
+        "spmm_24_wgrad",
+        lambda g: kept(g, full_gradient(g.dy.double(), g.x.double())),
+        lambda g: kept(g, full_gradient(g.dy, g.x)),
+        competitors,
+    )
+
+
+def _behind(z: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(z * scale + bias)
+
+
+def dense_epilogue(x: Tensor, w: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """gelu((x @ w.T) * scale + bias) as torch ops."""
+    return _behind(F.linear(x, w), scale, bias)
+
+
+def epilogue(p: Product) -> Case:
+    """gelu((x @ w.T) * scale + bias): inside the kernel, and as torch ops behind it."""
+    fast = Compiled(dense_epilogue, p.peers)
+
+    def fused(g: Given) -> Call:
+        packed = kernels.pack_24(g.w)
+        return lambda: kernels.spmm_24(g.x, packed, g.bias, g.scale, ACT)
+
+    def unfused(g: Given) -> Call:
+        packed = kernels.pack_24(g.w)
+        return lambda: _behind(kernels.spmm_24(g.x, packed), g.scale, g.bias)
+
+    def operands(g: Given) -> tuple[Tensor, ...]:
+        return g.x, g.w, g.scale, g.bias
+
+    # At least one more write and read of y than the fused form.
+    again = 2 * p.m * p.n * p.dtype.itemsize
+    competitors = (
+        Implementation("slimgemm fused", fused, p.packed_bytes),
+        Implementation("slimgemm unfused", unfused, p.packed_bytes + again),
+        Implementation(
+            "torch dense", lambda g: lambda: dense_epilogue(*operands(g)), p.dense_bytes + again
+        ),
+        Implementation("torch dense compiled", lambda g: fast(*operands(g)), p.dense_bytes),
+    )
+    return p.case(
+        "spmm_24_epilogue",
+        lambda g: dense_epilogue(*(t.double() for t in operands(g))),
+        lambda g: dense_epilogue(*operands(g)),
+        competitors,
+    )
