@@ -20,7 +20,7 @@ from slimgemm.kernels.gluon.orders import to_mma_sp, to_wgmma_sp
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import prune_24_ref
 
-__all__ = ["MMA_SP_ARCHS", "spmm_24_mma_sp", "spmm_24_wgmma_sp"]
+__all__ = ["MMA_SP_ARCHS", "pack_dense", "spmm_24_mma_sp", "spmm_24_wgmma_sp", "unpack_dense"]
 
 Cases = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -61,3 +61,32 @@ def spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:
     for tokens in WGMMA_SP_TILES:
         yield f"m {tokens}", functools.partial(warm, tokens, "none")
         yield f"m {tokens} gelu", functools.partial(warm, tokens, "gelu")
+
+
+def pack_dense(dtype: torch.dtype, arch: str, fragments: bool) -> Cases:
+    """From a dense weight to the order of mma.sp (`fragments`) or wgmma.sp; of any strides too."""
+    file = importlib.import_module("slimgemm.kernels.gluon.pack_dense")
+    _, n, k = ALIGNED
+
+    def warm(columns: int) -> Any:
+        go = file.prepare_pack(torch.zeros(n, columns, dtype=dtype), fragments)
+        warmup = file._pack_dense_kernel.warmup
+        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    yield "16-byte rows", functools.partial(warm, k)
+    yield "ragged", functools.partial(warm, k - 3)
+
+
+def unpack_dense(dtype: torch.dtype, arch: str, fragments: bool) -> Cases:
+    """The inverse of pack_dense."""
+    file = importlib.import_module("slimgemm.kernels.gluon.pack_dense")
+    _, n, k = ALIGNED
+
+    def warm(columns: int) -> Any:
+        packed = prune_24_ref(torch.zeros(n, columns, dtype=dtype))
+        go = file.prepare_unpack(to_mma_sp(packed) if fragments else to_wgmma_sp(packed))
+        warmup = file._unpack_dense_kernel.warmup
+        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    yield "16-byte rows", functools.partial(warm, k)
+    yield "ragged", functools.partial(warm, k - 3)

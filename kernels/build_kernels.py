@@ -17,7 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from slimgemm.kernels.build_gluon import MMA_SP_ARCHS, spmm_24_mma_sp, spmm_24_wgmma_sp
+from slimgemm.kernels.build_gluon import (
+    MMA_SP_ARCHS,
+    pack_dense,
+    spmm_24_mma_sp,
+    spmm_24_wgmma_sp,
+    unpack_dense,
+)
 from slimgemm.kernels.build_operands import (
     ALIGNED,
     CHANNELS,
@@ -283,6 +289,19 @@ OPS = {
     "spmm_24_wgrad": Op(_spmm_24_wgrad, tuple(DTYPES), True),
     "spmm_24_mma_sp": Op(spmm_24_mma_sp, SPARSE_DTYPES, True, MMA_SP_ARCHS, "_mma_sp_kernel"),
     "spmm_24_wgmma_sp": Op(spmm_24_wgmma_sp, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"),
+    **{
+        f"{verb}_{order}": Op(
+            functools.partial(cases, fragments=fragments), SPARSE_DTYPES, False, archs, kernel
+        )
+        for order, fragments, archs in (
+            ("mma_sp", True, MMA_SP_ARCHS),
+            ("wgmma_sp", False, ("sm_90",)),
+        )
+        for verb, cases, kernel in (
+            ("pack_dense", pack_dense, "_pack_dense_kernel"),
+            ("unpack", unpack_dense, "_unpack_dense_kernel"),
+        )
+    },
     "conv2d_24": Op(_conv2d_24, tuple(DTYPES), True),
     "conv2d_24_dgrad": Op(functools.partial(_conv2d_24, backward=True), tuple(DTYPES), True),
     "conv2d_24_wgrad": Op(_conv2d_24_wgrad, tuple(DTYPES), True),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import operator
 import types
 from typing import Any
 
@@ -86,6 +87,13 @@ def namespace(block: Block) -> types.SimpleNamespace:
     def minimum(x, y):
         return where(x < y, x, y) if isinstance(x, Tensor) else (y if y < x else x)
 
+    def at_place(ptr, value, op):
+        """An atomic on one element; programs run one at a time."""
+        place = int(ptr.offset)
+        ptr.buffer.check(np.asarray([place]), "atomic")
+        before = ptr.buffer.flat[place].item()
+        ptr.buffer.flat[place] = op(before, array(value).item())
+
     erf = np.vectorize(math.erf, otypes=[np.float32])
     return types.SimpleNamespace(
         constexpr=lambda x: x, int1=int1, int16=int16, int32=int32, int64=int64,
@@ -98,7 +106,11 @@ def namespace(block: Block) -> types.SimpleNamespace:
         num_programs=lambda axis: Tensor(np.int32(block.grid[axis]), int32),
         load=load, store=store, where=where, static_range=range, static_assert=check,
         split=lambda x: tuple(Tensor(x.a[..., i], x.dtype) for i in range(2)),
+        join=lambda x, y: Tensor(np.stack([x.a, y.a], -1), x.dtype),
         sum=lambda x, axis: Tensor(x.a.sum(axis, dtype=x.a.dtype), x.dtype),
+        min=lambda x, axis: Tensor(x.a.min(axis), x.dtype),
+        atomic_add=lambda ptr, value: at_place(ptr, value, operator.add),
+        atomic_min=lambda ptr, value: at_place(ptr, value, min),
         exp=elementwise(np.exp), erf=elementwise(erf),
         minimum=minimum, cdiv=lambda a, b: -(-a // b),
         multiple_of=lambda x, _: x, max_contiguous=lambda x, _: x,

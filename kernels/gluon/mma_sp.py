@@ -33,7 +33,7 @@ from slimgemm.kernels.gluon.launch import (
     rows_of,
 )
 from slimgemm.kernels.gluon.mma_tiles import MmaTile, mma_sp_tile
-from slimgemm.kernels.gluon.orders import MMA_BLOCK_K, MMA_ROWS, MmaSp
+from slimgemm.kernels.gluon.orders import MMA_BLOCK_BYTES, MMA_ROWS, MmaSp, block_columns
 from slimgemm.kernels.gluon.place import place_of
 
 PTX_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -268,7 +268,7 @@ def spmm_24_mma_sp(
     tile = tile or mma_sp_tile(m, is_aligned(rows_of(x, w_hw.k)))
     if splits is None:
         programs = triton.cdiv(w_hw.n, tile.rows) * triton.cdiv(m, tile.tokens)
-        rounds = triton.cdiv(w_hw.k, MMA_BLOCK_K * tile.warps_k)
+        rounds = triton.cdiv(w_hw.k, block_columns(MMA_BLOCK_BYTES, w_hw.dtype) * tile.warps_k)
         splits = split_count(programs, rounds, multiprocessors(x.device))
     launch = prepare(x, w_hw, bias, scale, act, tile=tile, splits=splits)
     with torch.cuda.device(x.device):  # Triton launches on the current device
@@ -280,4 +280,4 @@ def spmm_24_mma_sp(
     return launch.out
 
 
-assert MMA_ROWS == 16 and MMA_BLOCK_K == 256  # the numbers written out in the kernel
+assert MMA_ROWS == 16 and MMA_BLOCK_BYTES == 512  # the numbers written out in the kernel

@@ -10,7 +10,7 @@ import dataclasses
 from triton.experimental.gluon import language as gl
 
 from slimgemm.kernels.configs import SMEM_BYTES
-from slimgemm.kernels.gluon.orders import MMA_BLOCK_K, STEP_K
+from slimgemm.kernels.gluon.orders import MMA_BLOCK_BYTES, STEP_BYTES
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
@@ -60,7 +60,7 @@ class MmaTile:
     @property
     def smem_bytes(self) -> int:
         """The ring of X stages, which outlives everything else in shared memory."""
-        return self.stages * self.warps_k * self.tokens * self.steps * STEP_K * 2
+        return self.stages * self.warps_k * self.tokens * self.steps * STEP_BYTES
 
     @property
     def fragment(self) -> gl.BlockedLayout:
@@ -139,6 +139,6 @@ def fits(tile: MmaTile, architecture: str) -> bool:
     return (
         tile.stages >= 2
         and 1 <= tile.ahead <= 8
-        and tile.steps in (2, 4, MMA_BLOCK_K // STEP_K)
+        and tile.steps in (2, 4, MMA_BLOCK_BYTES // STEP_BYTES)
         and tile.smem_bytes <= SMEM_BYTES[architecture]
     )

@@ -40,7 +40,7 @@ from slimgemm.kernels.gluon.launch import (
     multiprocessors,
     rows_of,
 )
-from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_K, WGMMA_ROWS, WgmmaSp
+from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_BYTES, WGMMA_ROWS, WgmmaSp
 from slimgemm.kernels.gluon.place import place_of
 from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile, wgmma_sp_tile
 
@@ -328,4 +328,4 @@ def spmm_24_wgmma_sp(
     return launch.out
 
 
-assert (WGMMA_ROWS, WGMMA_BLOCK_K) == (128, 128)  # the numbers written out in the kernel
+assert (WGMMA_ROWS, WGMMA_BLOCK_BYTES) == (128, 256)  # the numbers written out in the kernel

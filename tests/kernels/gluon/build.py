@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from slimgemm.kernels.gluon import mma_sp, orders, pack, wgmma_sp
+from slimgemm.kernels.gluon import mma_sp, orders, pack, pack_dense, wgmma_sp
 from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
@@ -30,6 +30,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -93,15 +94,31 @@ def cases():
             arch,
             lambda: (pack._pack_values_kernel, pack.prepare_values(packed)),
         )
-        for rows, block_k in ((16, 256), (128, 128)):
+        for rows, block_bytes in ((16, 512), (128, 256)):
             table[f"pack/{arch}/words_{rows}"] = (
                 arch,
-                lambda r=rows, b=block_k: (
+                lambda r=rows, b=block_bytes: (
                     pack._pack_words_kernel,
                     pack.prepare_words(packed, r, b),
                 ),
             )
+        for order in ("mma_sp", "wgmma_sp"):
+            for k in (4096, 4099):
+                label = f"pack_dense/{arch}/{order}" + ("" if k == 4096 else "/ragged")
+                table[label] = (arch, lambda o=order, k=k: pack_dense_launch(o, k))
+                table["un" + label] = (arch, lambda o=order, k=k: unpack_dense_launch(o, k))
     return table
+
+
+def pack_dense_launch(order, k, dtype=torch.bfloat16):
+    w = torch.zeros(128, k, dtype=dtype)
+    return pack_dense._pack_dense_kernel, pack_dense.prepare_pack(w, order == "mma_sp")
+
+
+def unpack_dense_launch(order, k, dtype=torch.bfloat16):
+    packed = prune_24_ref(torch.zeros(128, k, dtype=dtype))
+    weight = orders.to_mma_sp(packed) if order == "mma_sp" else orders.to_wgmma_sp(packed)
+    return pack_dense._unpack_dense_kernel, pack_dense.prepare_unpack(weight)
 
 
 def source(kernel, launch):

@@ -102,13 +102,29 @@ def check_pack(rows):
         assert row["counts"]["STG.E.128"] == 2, row
 
 
+def check_pack_dense(rows):
+    for name, row in rows.items():
+        assert total(row, "STL") == total(row, "LDL") == 0, row
+        aligned = "ragged" not in name
+        if name.startswith("un"):
+            stores = row["counts"].get("STG.E.128", 0)
+            assert stores == (4 if aligned else 0), row
+            continue
+        # Of 128 lanes: 8 KiB of the dense weight, 4 KiB of values, the words of 128 or 256 lanes.
+        assert row["counts"]["STG.E.128"] == 3, row
+        assert total(row, "STG") == 3, row
+        assert row["counts"].get("LDG.E.128", 0) == (4 if aligned else 0), row
+
+
 def test_short_set(tmp_path):
     """Decode and prefill tiles where shared memory is smallest, and the other variants."""
     table = ["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"]
     others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/one_token"]
     wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128"]
     packs = ["pack/sm_80/values", "pack/sm_90/words_128"]
-    rows = build([*table, *others, *wide, *packs], tmp_path)
+    dense = ["pack_dense/sm_80/mma_sp", "pack_dense/sm_90/wgmma_sp", "unpack_dense/sm_90/mma_sp"]
+    rows = build([*table, *others, *wide, *packs, *dense], tmp_path)
+    check_pack_dense({name: rows.pop(name) for name in dense})
     check_pack({name: rows.pop(name) for name in packs})
     check_wgmma_sp({name: rows.pop(name) for name in wide})
     check_tiles({name: rows.pop(name) for name in table})
@@ -127,9 +143,11 @@ def test_every_tile_on_every_architecture(arch, tmp_path):
 
 @build_all
 def test_pack(tmp_path):
-    rows = build(["pack/*"], tmp_path)
-    assert len(rows) == 6
+    rows = build(["pack/*", "pack_dense/*", "unpack_dense/*"], tmp_path)
+    dense = {name: rows.pop(name) for name in list(rows) if "dense" in name}
+    assert len(rows) == 6 and len(dense) == 16
     check_pack(rows)
+    check_pack_dense(dense)
 
 
 @build_all

@@ -144,7 +144,7 @@ def test_mma_sp_metadata_is_what_torchs_cutlass_conversion_gives(n, k):
 
 def test_refusals_name_what_is_wrong():
     weight = torch.zeros(16, 32)
-    with pytest.raises(ValueError, match="values must be float16 or bfloat16, got"):
+    with pytest.raises(ValueError, match="float16, bfloat16, float8_e4m3fn or int8, got torch"):
         orders.to_mma_sp(pack_24_ref(weight))
     with pytest.raises(ValueError, match="keep:group must be 2:4 for a tensor core, got 1:4"):
         orders.to_wgmma_sp(pack_24_ref(weight.half(), 1, 4))

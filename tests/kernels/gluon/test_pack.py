@@ -12,8 +12,8 @@ from slimgemm.kernels.reference import pack_24_ref
 SHAPES = [(16, 256), (33, 264), (1, 8), (130, 1000), (7, 36)]
 
 
-def words(packed, rows, block_k, kernel=pack._pack_words_kernel):
-    launch = pack.prepare_words(packed, rows, block_k)
+def words(packed, rows, block_bytes, kernel=pack._pack_words_kernel):
+    launch = pack.prepare_words(packed, rows, block_bytes)
     gluon_numpy.run(kernel, launch.grid, *launch.args, **launch.constants)
     return launch.out
 
@@ -30,8 +30,8 @@ def test_kernels_write_the_bits_of_the_twins(n, k, dtype):
     packed = pack_24_ref(random_24(n, k, dtype, seed=k))
     narrow, wide = orders.to_mma_sp(packed), orders.to_wgmma_sp(packed)
     assert torch.equal(values(packed), narrow.values)
-    assert torch.equal(words(packed, 16, 256).squeeze(2), narrow.meta)
-    assert torch.equal(words(packed, 128, 128).view(wide.meta.shape), wide.meta)
+    assert torch.equal(words(packed, 16, 512).squeeze(2), narrow.meta)
+    assert torch.equal(words(packed, 128, 256).view(wide.meta.shape), wide.meta)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +52,13 @@ def test_missing_bound_is_seen():
         values(packed, changed)
     changed = mutated(pack._pack_words_kernel, ", mask=e < TOTAL", "")
     with pytest.raises(gluon_numpy.Fault, match="store out of bounds: out_ptr"):
-        words(packed, 16, 256, changed)
+        words(packed, 16, 512, changed)
 
 
 def test_refusals():
     weight = random_24(16, 32)
     for function in (pack.pack_mma_sp, pack.pack_wgmma_sp):
-        with pytest.raises(ValueError, match="values must be float16 or bfloat16"):
+        with pytest.raises(ValueError, match="float16, bfloat16, float8_e4m3fn or int8, got torch"):
             function(pack_24_ref(weight))
         with pytest.raises(ValueError, match="values must be on a GPU, got cpu"):
             function(pack_24_ref(weight.half()))
