@@ -51,6 +51,15 @@ def is_aligned(rows: Tensor) -> bool:
     return rows.shape[1] % 8 == 0 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
 
 
+def folds(x: Tensor) -> bool:
+    """True if x [..., k] has stride 1 along k and leading dims that fold into one."""
+    try:
+        x.view(math.prod(x.shape[:-1]), x.shape[-1])
+    except RuntimeError:
+        return False
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -71,12 +80,7 @@ def check_x(
         raise ValueError(
             f"x must be {dtype} on {device} as the weight, got {x.dtype} on {x.device}"
         )
-    try:
-        x.view(math.prod(x.shape[:-1]), k)
-        folds = x.stride(-1) == 1 or k == 1
-    except RuntimeError:
-        folds = False
-    if not folds:
+    if not folds(x):
         raise ValueError(
             "x must have stride 1 along k and leading dims that fold into one, "
             f"got strides {x.stride()}; call x.contiguous() first"

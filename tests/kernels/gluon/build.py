@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from slimgemm.kernels.gluon import mma_sp, orders, pack, pack_dense, wgmma_sp
+from slimgemm.kernels.gluon import mma_packed, mma_sp, orders, pack, pack_dense, unpack, wgmma_sp
 from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
@@ -48,6 +48,16 @@ def mma_sp_launch(most, dtype=torch.bfloat16, k=4096, splits=1, m=None, n=16, **
     )
 
 
+def mma_packed_launch(most, dtype=torch.bfloat16, k=4096, splits=1, odd_x=False, n=16, **epilogue):
+    """The launch of a shipped tile; with `odd_x` the rows of x are not 16-byte aligned."""
+    packed = prune_24_ref(torch.zeros(n, k, dtype=dtype))
+    x = torch.zeros(most, k + odd_x, dtype=dtype)[:, :k]
+    tile = mma_packed.mma_packed_tile(most, not odd_x)
+    return mma_packed._mma_packed_kernel, mma_packed.prepare(
+        x, packed, tile=tile, splits=splits, **epilogue
+    )
+
+
 def wgmma_sp_launch(tokens, dtype=torch.bfloat16, m=None, n=128, **epilogue):
     packed = prune_24_ref(torch.zeros(n, 4096, dtype=dtype))
     x = torch.zeros(m or tokens, 4096, dtype=dtype)
@@ -62,6 +72,8 @@ def cases():
     for arch in ARCHITECTURES:
         for most in MMA_SP_TILES:
             table[f"mma_sp/{arch}/{most}"] = (arch, lambda m=most: mma_sp_launch(m))
+        for most in mma_packed.MMA_PACKED_TILES:
+            table[f"mma_packed/{arch}/{most}"] = (arch, lambda m=most: mma_packed_launch(m))
     full_128 = dict(bias=torch.zeros(128), scale=torch.zeros(128))
     full = dict(bias=torch.zeros(16), scale=torch.zeros(16))
     for act in ("relu", "gelu", "gelu_tanh", "silu", "relu2"):
@@ -80,6 +92,15 @@ def cases():
         table[f"mma_sp/gelu/{most}"] = (
             "sm_90",
             lambda m=most: mma_sp_launch(m, torch.float16, act="gelu", **full),
+        )
+        table[f"mma_packed/gelu/{most}"] = (
+            "sm_90",
+            lambda m=most: mma_packed_launch(m, torch.float16, act="gelu", **full),
+        )
+        table[f"mma_packed/masked/{most}"] = ("sm_90", lambda m=most: mma_packed_launch(m, k=3968))
+        table[f"mma_packed/odd_x/{most}"] = (
+            "sm_90",
+            lambda m=most: mma_packed_launch(m, odd_x=True),
         )
         table[f"mma_sp/general/{most}"] = ("sm_90", lambda m=most: mma_sp_launch(m, k=4099))
     for tokens in WGMMA_SP_TILES:
@@ -118,7 +139,7 @@ def pack_dense_launch(order, k, dtype=torch.bfloat16):
 def unpack_dense_launch(order, k, dtype=torch.bfloat16):
     packed = prune_24_ref(torch.zeros(128, k, dtype=dtype))
     weight = orders.to_mma_sp(packed) if order == "mma_sp" else orders.to_wgmma_sp(packed)
-    return pack_dense._unpack_dense_kernel, pack_dense.prepare_unpack(weight)
+    return unpack._unpack_dense_kernel, unpack.prepare_unpack(weight)
 
 
 def source(kernel, launch):
