@@ -79,7 +79,7 @@ def pack_dense(dtype: torch.dtype, arch: str, fragments: bool) -> Cases:
 
 def unpack_dense(dtype: torch.dtype, arch: str, fragments: bool) -> Cases:
     """The inverse of pack_dense."""
-    file = importlib.import_module("slimgemm.kernels.gluon.pack_dense")
+    file = importlib.import_module("slimgemm.kernels.gluon.unpack")
     _, n, k = ALIGNED
 
     def warm(columns: int) -> Any:

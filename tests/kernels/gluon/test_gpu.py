@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
 
-from slimgemm.kernels.gluon import mma_sp, orders, pack, wgmma_sp
+from slimgemm.kernels.gluon import mma_sp, orders, pack, pack_dense, unpack, wgmma_sp
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
 
@@ -82,3 +82,18 @@ def test_pack_kernels_write_the_bits_of_the_twins(shape):
         (pack.pack_wgmma_sp(packed), orders.to_wgmma_sp(packed)),
     ):
         assert torch.equal(got.values, want.values) and torch.equal(got.meta, want.meta)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packing_from_dense_and_back(shape):
+    needs(8, 0)
+    dense = random_24(*shape[1:], torch.bfloat16, seed=shape[0]).cuda()
+    packed = pack_24_ref(dense)
+    narrow, wide = pack_dense.pack_dense_mma_sp(dense), pack_dense.pack_dense_wgmma_sp(dense)
+    for got, want in ((narrow, orders.to_mma_sp(packed)), (wide, orders.to_wgmma_sp(packed))):
+        assert torch.equal(got.values, want.values) and torch.equal(got.meta, want.meta)
+    assert torch.equal(unpack.unpack_mma_sp(narrow), dense)
+    assert torch.equal(unpack.unpack_wgmma_sp(wide), dense)
+    dense[-1, :3] = 1
+    with pytest.raises(ValueError, match=f"row {shape[1] - 1}, columns 0-3 hold [34] nonzeros"):
+        pack_dense.pack_dense_mma_sp(dense)

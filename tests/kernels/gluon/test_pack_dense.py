@@ -6,7 +6,7 @@ import torch
 from gluon_numpy import Fault, mutated
 from helpers import random_24
 
-from slimgemm.kernels.gluon import orders, pack_dense
+from slimgemm.kernels.gluon import orders, pack_dense, unpack
 from slimgemm.kernels.reference import pack_24_ref
 
 SHAPES = [(16, 256), (33, 264), (1, 8), (130, 1000), (7, 36), (20, 333)]
@@ -29,9 +29,9 @@ def same(got, want):
     return bits and torch.equal(got.meta, want.meta) and got[2:] == want[2:]
 
 
-def unpack(weight):
-    launch = pack_dense.prepare_unpack(weight)
-    gluon_numpy.run(pack_dense._unpack_dense_kernel, launch.grid, *launch.args, **launch.constants)
+def dense_of(weight):
+    launch = unpack.prepare_unpack(weight)
+    gluon_numpy.run(unpack._unpack_dense_kernel, launch.grid, *launch.args, **launch.constants)
     return launch.values
 
 
@@ -43,7 +43,7 @@ def test_the_bits_of_pack_24_and_orders_and_back(n, k, dtype, fragments):
     got, bad = pack(w, fragments)
     assert same(got, ORDERS[fragments](pack_24_ref(w)))
     assert bad.tolist() == [0, pack_dense.NONE_BAD]
-    assert torch.equal(unpack(got), w)
+    assert torch.equal(dense_of(got), w)
 
 
 @pytest.mark.parametrize("fragments", ORDERS, ids=["mma_sp", "wgmma_sp"])
@@ -59,7 +59,7 @@ def test_every_mask_of_a_group_and_every_odd_value(fragments):
     w = torch.tensor(rows, dtype=torch.float16)
     got, bad = pack(w, fragments)
     assert same(got, ORDERS[fragments](pack_24_ref(w))) and bad[0] == 0
-    back = unpack(got)
+    back = dense_of(got)
     assert torch.equal(back.view(torch.int16), (w + 0.0).view(torch.int16))
 
 
@@ -169,6 +169,6 @@ def test_refusals():
             function(weight)
     packed = pack_24_ref(weight)
     with pytest.raises(ValueError, match=r"weight must be on a GPU, got cpu; orders\.py"):
-        pack_dense.unpack_mma_sp(orders.to_mma_sp(packed))
+        unpack.unpack_mma_sp(orders.to_mma_sp(packed))
     with pytest.raises(ValueError, match=r"weight must be on a GPU, got cpu; orders\.py"):
-        pack_dense.unpack_wgmma_sp(orders.to_wgmma_sp(packed))
+        unpack.unpack_wgmma_sp(orders.to_wgmma_sp(packed))
