@@ -241,7 +241,7 @@ def plan(
     if isinstance(pattern, Channels) or scorer.needs == "norm":
         coupling = trace(model, example_inputs, channels.pinned_by(model, layers, ignore))
     batches = None if calibration is None else list(calibration)
-    contexts = _contexts(model, chosen, scorer, coupling, batches, seed)
+    contexts = contexts_of(model, chosen, scorer, coupling, batches, seed)
     cost = count_macs(model, example_inputs)
     request = Request(
         model, chosen, pattern, scorer, amount, contexts, batches, repair, cost, resume
@@ -262,7 +262,7 @@ def plan(
     return Plan(entries, pattern, str(scorer), seed, energy, (*notes, *_notes(entries)), surgery)
 
 
-def _contexts(
+def contexts_of(
     model: nn.Module,
     layers: Sequence[Layer],
     score: Score,

@@ -1,0 +1,128 @@
+"""profile: measures on this device what a predicted latency needs, and what it then really is.
+
+Layers are timed alone on a grid of widths; a few whole models, cut evenly, are timed to learn what
+the rest takes. All whole models of one call are timed in turn, so that they meet the same machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimgemm.kernels.timing import Times, time_us
+from slimgemm.pruning.geometry import ModelLatency
+from slimgemm.pruning.inputs import Inputs, evaluating, run
+from slimgemm.pruning.latency import DENSE, LatencyTable, Width, grid
+from slimgemm.pruning.sites import Site, find_sites, inputs_of
+from slimgemm.pruning.space import Allocation, Space
+
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of evenly cut models that are timed whole
+POINTS = 5  # widths per axis of a layer's grid
+
+
+def wanted_times(space: Space, points: int = POINTS) -> list[tuple[Site, str, Width]]:
+    """Every (site, pattern, widths) that a prediction inside the space can ask for."""
+    smallest = space.geometry.shapes(space.gone(space.least().channels))
+    pattern = space.choices.widths
+    multiple = 1 if pattern is None else pattern.multiple_of
+    found = []
+    for name, site in space.geometry.sites.items():
+        low, high = smallest[name], site.weight
+        outs, ins = (grid(low[axis], high[axis], points, multiple) for axis in (0, 1))
+        words = [DENSE, *space.maskable.get(name, [])]
+        found += [(site, word, (out, into)) for word in words for out in outs for into in ins]
+    return found
+
+
+def measure_latency(
+    space: Space,
+    table: LatencyTable,
+    *,
+    points: int = POINTS,
+    after: Callable[[int, int], None] | None = None,
+) -> ModelLatency:
+    """Measure what `space.costs` needs for a latency.
+
+    Args:
+        space: of the dense model.
+        table: gains what is missing.
+        points: widths per axis of a layer's grid.
+        after: called with (layers done, layers in all).
+    """
+    wanted = wanted_times(space, points)
+    if table.twin is None:
+        wanted = [item for item in wanted if item[1] == DENSE]
+    allocations = {a.key: a for a in (*map(space.uniform, SHARES), space.least({}))}
+    models = {key: space.apply(allocation)[0].eval() for key, allocation in allocations.items()}
+    calls = {key: forward_of(model, space.example_inputs) for key, model in models.items()}
+    times = table.measure(wanted, None if after is None else lambda n: after(n, len(wanted)), calls)
+    latency = ModelLatency(table)
+    rest: dict[int, list[float]] = {}
+    for key, allocation in allocations.items():
+        gone = space.gone(allocation.channels)
+        layers = sum(
+            site.calls * table.us(site, (shape[0], shape[1])) for site, shape in _at(space, gone)
+        )
+        place = math.floor(space.geometry.activation_bytes(gone))
+        rest.setdefault(place, []).append(table.of(times[key]) - layers)
+    latency.rest = {place: sum(us) / len(us) for place, us in rest.items()}
+    return latency
+
+
+def _at(space: Space, gone: Sequence[int]) -> Iterable[tuple[Site, tuple[int, ...]]]:
+    shapes = space.geometry.shapes(gone)
+    return [(site, shapes[name]) for name, site in space.geometry.sites.items()]
+
+
+def forward_times(
+    models: Mapping[str, nn.Module], example_inputs: Inputs, table: LatencyTable
+) -> dict[str, Times]:
+    """Microseconds of one forward of each model, in turn, in evaluation mode."""
+    flags = [(m, m.training) for model in models.values() for m in model.modules()]
+    try:
+        for model in models.values():
+            model.eval()
+        calls = {name: forward_of(model, example_inputs) for name, model in models.items()}
+        return time_us(calls, table.device, rounds=max(table.rounds, 20))
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def forward_of(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
+    """One forward as a call, in whatever mode the model is then."""
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return run(model, example_inputs)
+
+    return forward
+
+
+def layer_times(
+    model: nn.Module, example_inputs: Inputs, device: torch.device | str, rounds: int = 20
+) -> dict[str, Times]:
+    """Name -> measured microseconds of each Linear and Conv2d alone, on the input that it sees."""
+    names = find_sites(model, example_inputs)
+    inputs = inputs_of(model, names, example_inputs)
+    with evaluating(model):
+        calls = {name: _alone(model.get_submodule(name), inputs[name]) for name in names}
+        return time_us(calls, device, rounds=rounds) if calls else {}
+
+
+def _alone(module: nn.Module, x: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.inference_mode():
+            return module(x)
+
+    return call
+
+
+def predicted(space: Space, allocation: Allocation) -> dict[str, float]:
+    """Layer name -> predicted microseconds of one forward."""
+    layers = space.geometry.layers(space.gone(allocation.channels), space.nofm(allocation))
+    return {name: layer.us for name, layer in layers.items()}
