@@ -1,0 +1,277 @@
+"""The table of measured times that spmm_24 is dispatched from: one JSON file per GPU model.
+
+A file holds a head (what it was measured on, and with which versions) and rows; a row is one shape
+with every candidate that competed, the losers and the wrong ones too. `find` gives the user's file
+(`slimgemm tune` writes it under the cache folder) before the one that came with the package
+(kernels/tables/), and only a file of this GPU, torch, triton and slimgemm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from slimgemm.kernels.implementations import IMPLEMENTATIONS, Fields
+
+FORMAT = 1
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# What must be as it was when the times were taken: dispatch ignores a table where it is not.
+SAME = ("gpu", "compute_capability", "torch", "triton", "slimgemm")
+# ... and what must be so as well for a row to count as finished when tuning goes on.
+HEAD = (*SAME, "driver", "commit")
+OK, WRONG, FAILED = "ok", "wrong", "failed"
+NEAR = 2.0  # an (N, K) that was not measured is served by one within this factor in each
+
+
+class Choice(NamedTuple):
+    """An implementation, its tile and its parts of K; None leaves them to the implementation."""
+
+    implementation: str
+    tile: Fields | None = None
+    splits: int | None = None
+
+    def __str__(self) -> str:
+        tile = " ".join(f"{name}={value}" for name, value in self.tile or ())
+        splits = f"splits={self.splits}" if self.splits else ""
+        return " ".join(part for part in (self.implementation, tile, splits) if part)
+
+
+class Result(NamedTuple):
+    """What became of one candidate.
+
+    Args:
+        verdict: ok (checked, then timed), wrong (never timed) or failed; `reason` says why.
+        us_p50: microseconds per call, median, as a CUDA graph with a cold L2; None if not timed.
+        error, allowed: largest error relative to the largest exact output, and the bound for it.
+    """
+
+    choice: Choice
+    verdict: str
+    us_p50: float | None = None
+    error: float | None = None
+    allowed: float | None = None
+    reason: str = ""
+
+
+class Row(NamedTuple):
+    """One shape of one op: y [m, n] = x [m, k] @ w.T; `results` fastest first, then the rest."""
+
+    op: str
+    dtype: str
+    n: int
+    k: int
+    m: int
+    results: tuple[Result, ...]
+
+    @property
+    def shape(self) -> tuple[str, str, int, int, int]:
+        return self[:5]
+
+    @property
+    def ranked(self) -> list[Result]:
+        """The candidates that may be dispatched, fastest first."""
+        return [r for r in self.results if r.verdict == OK]
+
+
+class Table(NamedTuple):
+    """A file of measured rows.
+
+    Args:
+        head: gpu, compute_capability, driver, torch, triton, slimgemm, commit, date, command.
+        stopped: (dtype, choice) whose run never came back: they are not tried again.
+    """
+
+    head: Mapping[str, str]
+    rows: tuple[Row, ...] = ()
+    stopped: tuple[tuple[str, Choice], ...] = ()
+
+    def agrees(self, head: Mapping[str, str], keys: Iterable[str] = SAME) -> bool:
+        """True if this table is of the same GPU and versions as `head`."""
+        return all(self.head.get(key) == head.get(key) for key in keys)
+
+    def row_for(self, op: str, dtype: str, n: int, k: int, m: int) -> Row | None:
+        """The row that speaks for this shape, or None.
+
+        Its (N, K) is the same, or the nearest one in log distance within NEAR in each; its m is the
+        smallest measured one that is not below `m`, or the largest.
+        """
+        rows = [row for row in self.rows if row.op == op and row.dtype == dtype and row.ranked]
+        nearest = min({(row.n, row.k) for row in rows}, key=lambda p: _far(p, n, k), default=None)
+        if nearest is None or math.isinf(_far(nearest, n, k)[0]):
+            return None
+        of_shape = sorted((r for r in rows if (r.n, r.k) == nearest), key=lambda r: r.m)
+        return next((row for row in of_shape if row.m >= m), of_shape[-1])
+
+
+def _far(pair: tuple[int, int], n: int, k: int) -> tuple[float, int, int]:
+    """Log distance of (N, K) pairs, infinite beyond NEAR; ties go to the smaller pair."""
+    steps = abs(math.log2(pair[0] / n)), abs(math.log2(pair[1] / k))
+    distance = math.hypot(*steps) if max(steps) <= math.log2(NEAR) else math.inf
+    return (distance, *pair)
+
+
+def version(package: str) -> str:
+    """The installed version of `package`, or "unknown"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def here(device: int) -> dict[str, str]:
+    """The part of a head that dispatch compares, of CUDA device number `device`."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "compute_capability": f"{major}.{minor}",
+        "torch": str(torch.__version__),
+        "triton": version("triton"),
+        "slimgemm": version("slimgemm"),
+    }
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as part of a file name: h200, a100_sxm4_80gb, geforce_rtx_4090."""
+    return re.sub(r"[^a-z0-9]+", "_", gpu.removeprefix("NVIDIA ").lower()).strip("_")
+
+
+def user_path(head: Mapping[str, str]) -> Path:
+    """Where `slimgemm tune` writes: $XDG_CACHE_HOME or ~/.cache, /slimgemm/tune/."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    name = f"{slug(head['gpu'])}-{head['torch']}-{head['triton']}.json"
+    return Path(os.path.expanduser(cache)) / "slimgemm" / "tune" / name
+
+
+def shipped_path(head: Mapping[str, str]) -> Path:
+    """The table that came with the package for this GPU."""
+    return Path(__file__).parent / "tables" / f"{slug(head['gpu'])}.json"
+
+
+def find(head: Mapping[str, str]) -> Table | None:
+    """The table for this GPU and these versions: the user's, else the package's, else None.
+
+    Raises:
+        ValueError: the file is there and damaged.
+    """
+    for path in (user_path(head), shipped_path(head)):
+        if path.is_file():
+            table = load(path)
+            if table.agrees(head):
+                return table
+    return None
+
+
+def save(table: Table, path: Path) -> None:
+    """Write `table`, all or nothing: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {**row._asdict(), "results": [_result_to_json(r) for r in row.results]}
+        for row in table.rows
+    ]
+    stopped = [{"dtype": dtype, **choice_to_json(choice)} for dtype, choice in table.stopped]
+    content = {"format": FORMAT, "head": dict(table.head), "rows": rows, "stopped": stopped}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Table:
+    """Read a table.
+
+    Raises:
+        ValueError: the file cannot be read, is no table, or holds what no table can; names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {FORMAT}")
+        head = {str(key): _text(value, "head") for key, value in content["head"].items()}
+        missing = [key for key in SAME if key not in head]
+        if missing:
+            raise ValueError(f"its head lacks {', '.join(missing)}")
+        rows = tuple(_row_from_json(row) for row in content["rows"])
+        stopped = tuple((_dtype(s["dtype"]), choice_from_json(s)) for s in content["stopped"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"{path} is no table of measured times: {why}; delete it and run `slimgemm tune` again"
+        ) from None
+    return Table(head, rows, stopped)
+
+
+def choice_to_json(choice: Choice) -> dict[str, Any]:
+    """A Choice as it is written; choice_from_json reads it."""
+    tile = None if choice.tile is None else dict(choice.tile)
+    return {"implementation": choice.implementation, "tile": tile, "splits": choice.splits}
+
+
+def _result_to_json(result: Result) -> dict[str, Any]:
+    rest = {k: v for k, v in result._asdict().items() if k != "choice"}
+    return {**choice_to_json(result.choice), **rest}
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, got {value!r}")
+    return value
+
+
+def _dtype(value: Any) -> str:
+    if value not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES.values())}, got {value!r}")
+    return value
+
+
+def _count(value: Any, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _measured(value: Any, name: str, least: float) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def choice_from_json(found: Mapping[str, Any]) -> Choice:
+    """A Choice of a known implementation, with whole numbers in it."""
+    name, tile, splits = found["implementation"], found["tile"], found["splits"]
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"implementation must be one of {known}, got {name!r}")
+    if tile is not None:
+        tile = tuple((key, _count(value, f"tile {key}")) for key, value in tile.items())
+    return Choice(name, tile, None if splits is None else _count(splits, "splits"))
+
+
+def _row_from_json(found: Mapping[str, Any]) -> Row:
+    sizes = [_count(found[name], name) for name in ("n", "k", "m")]
+    results = [_result_from_json(result) for result in found["results"]]
+    rank = {OK: 0, FAILED: 1, WRONG: 1}
+    results.sort(key=lambda r: (rank[r.verdict], r.us_p50 or 0.0))
+    return Row(_text(found["op"], "op"), _dtype(found["dtype"]), *sizes, tuple(results))
+
+
+def _result_from_json(found: Mapping[str, Any]) -> Result:
+    choice, verdict = choice_from_json(found), found["verdict"]
+    if verdict not in (OK, WRONG, FAILED):
+        raise ValueError(f"verdict must be {OK}, {WRONG} or {FAILED}, got {verdict!r}")
+    us = _measured(found["us_p50"], "us_p50", 0.0)
+    error, allowed = (_measured(found[name], name, 0.0) for name in ("error", "allowed"))
+    if verdict == OK and (not us or error is None or allowed is None or error > allowed):
+        raise ValueError(f"{choice} is ok without a time, or beyond the allowed error")
+    return Result(choice, verdict, us, error, allowed, _text(found["reason"], "reason"))
