@@ -11,6 +11,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from slimgemm.benchmarks import cli_tune
+
 COLUMNS = 100  # of tables, where stdout is no terminal
 
 app = typer.Typer(
@@ -105,6 +107,9 @@ def kernels(
     except ValueError as error:
         _fail(str(error), 2)
     raise typer.Exit(status)
+
+
+app.command(name="tune")(cli_tune.tune)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -34,6 +34,12 @@ class Loop:
         self.note = ""
         self.task = steps.bars.add_task(name, total=total)
 
+    def show(self, note: str) -> None:
+        """What the round that now runs is at, beside the bar."""
+        self.note = note
+        self.steps.bars.update(self.task, description=f"{self.name}  {note}")
+        self.steps.draw()
+
     def step(self, note: str = "") -> None:
         """One round is done; `note` is shown beside the bar until the next one."""
         self.done += 1
