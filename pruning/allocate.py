@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from slimgemm.pruning.inputs import Inputs
+from slimgemm.pruning.patterns import Pattern
+from slimgemm.pruning.scores import Score
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,25 @@ class Units:
     weights: int
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What `plan` was asked, for amounts that look at the whole model."""
+
+    model: nn.Module
+    example_inputs: Inputs
+    pattern: Pattern
+    score: Score
+    calibration: Sequence[Any] | None
+    ignore: Sequence[str]
+    seed: int
+
+
 class Amount:
     """What every amount answers."""
+
+    def resolve(self, setting: Setting) -> Amount:
+        """An amount that only counts; itself, but for amounts that evaluate the model."""
+        return self
 
     def drops(self, layers: Sequence[Units]) -> list[int]:
         """Units to drop in each layer, 0 <= drop < units."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.pruning import channels, report
-from slimgemm.pruning.allocate import Amount, Uniform
+from slimgemm.pruning.allocate import Amount, PerLayer, Setting, Uniform
 from slimgemm.pruning.cost import ENERGY, Cost, EnergyTable, LayerCost, count_macs
 from slimgemm.pruning.coupling import Coupling
 from slimgemm.pruning.decide import Part, Repair, Request, decide, refitted, scores_of_all
@@ -224,6 +224,10 @@ def plan(
     amount = amount if amount is not None else Uniform()
     if energy not in ENERGY:
         raise ValueError(f"energy must be one of {', '.join(ENERGY)}, got {energy!r}")
+    batches = None if calibration is None else list(calibration)
+    amount = amount.resolve(
+        Setting(model, example_inputs, pattern, scorer, batches, tuple(ignore), seed)
+    )
     check_amount(pattern, amount)
     if calibration is None and (scorer.needs in ("inputs", "gradients") or repair is not None):
         raise ValueError(
@@ -231,6 +235,7 @@ def plan(
             "iterable of model inputs (for scores of gradients, of pairs of inputs and target)"
         )
     layers = [_with_pattern(layer, pattern) for layer in find_layers(model, ignore)]
+    layers = _left_dense(layers, pattern, amount)
     chosen = [layer for layer in layers if layer.refusal is None]
     if not chosen:
         reasons = "; ".join(f"{layer.name}: {layer.refusal}" for layer in layers) or "no layers"
@@ -240,7 +245,6 @@ def plan(
     coupling = None
     if isinstance(pattern, Channels) or scorer.needs == "norm":
         coupling = trace(model, example_inputs, channels.pinned_by(model, layers, ignore))
-    batches = None if calibration is None else list(calibration)
     contexts = contexts_of(model, chosen, scorer, coupling, batches, seed)
     cost = count_macs(model, example_inputs)
     request = Request(
@@ -305,6 +309,14 @@ def check_amount(pattern: Pattern, amount: Amount) -> None:
             raise ValueError(f"{pattern} needs an amount, as amount=Uniform(0.5)")
         return
     fixed = amount.fixed()
+    if isinstance(amount, PerLayer):
+        wrong = {*amount.shares.values(), amount.default} - {0.0, pattern.share}
+        if wrong:
+            raise ValueError(
+                f"{pattern} drops {pattern.share:g} of a layer or nothing, PerLayer asks for "
+                f"{', '.join(f'{share:g}' for share in sorted(wrong))}"
+            )
+        return
     if not isinstance(amount, Uniform) or (
         fixed is not None and abs(fixed - pattern.share) > SHARE_DIGITS
     ):
@@ -319,6 +331,25 @@ def _with_pattern(layer: Layer, pattern: Pattern) -> Layer:
         return layer
     refusal = pattern.refusal(tuple(layer.weight.shape))
     return Layer(layer.name, layer.kind, layer.module, refusal)
+
+
+def _left_dense(layers: list[Layer], pattern: Pattern, amount: Amount) -> list[Layer]:
+    """With a pattern that fixes its share, layers that PerLayer gives 0 are left alone."""
+    if pattern.share is None or not isinstance(amount, PerLayer):
+        return layers
+    known = {layer.name for layer in layers if layer.refusal is None}
+    unknown = sorted({*amount.shares} - known)
+    if unknown:
+        raise ValueError(
+            f"PerLayer names {', '.join(unknown)}, which cannot be pruned here; layers are "
+            f"{', '.join(sorted(known))}"
+        )
+    return [
+        replace(layer, refusal="the amount leaves it dense")
+        if layer.refusal is None and not amount.shares.get(layer.name, amount.default)
+        else layer
+        for layer in layers
+    ]
 
 
 def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling) -> Part:

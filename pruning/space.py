@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from slimgemm.pruning import channels
 from slimgemm.pruning.allocate import Uniform
 from slimgemm.pruning.cost import count_macs
+from slimgemm.pruning.coupling import Coupling
 from slimgemm.pruning.decide import Request, scores_of_all
 from slimgemm.pruning.energy import HOROWITZ45, EnergyTable
 from slimgemm.pruning.geometry import Costs, Geometry, ModelLatency
 from slimgemm.pruning.inputs import Inputs
-from slimgemm.pruning.layers import check_finite, find_layers
+from slimgemm.pruning.layers import Layer, check_finite, find_layers
 from slimgemm.pruning.masks import set_mask
 from slimgemm.pruning.patterns import Channels, NofM, Pattern
 from slimgemm.pruning.plan import contexts_of
@@ -135,7 +136,10 @@ class Space:
             check_finite(layer.name, layer.weight)
         pinned = channels.pinned_by(model, layers, choices.ignore)
         self.coupling = trace(model, example_inputs, pinned)
-        self.scores = _scores(self, chosen)
+        self.scores = scores_of(
+            model, chosen, example_inputs, choices.score, choices.seed, self.coupling,
+            choices.calibration,
+        )  # fmt: skip
         found = channels.groups_of(self.coupling, list(self.scores)) if choices.widths else []
         self.groups = {" + ".join(group.layers): group for group in found}
         totals = channels.unit_scores(self.coupling, self.scores, choices.score.axis)
@@ -237,17 +241,22 @@ class Space:
         return model, surgery
 
 
-def _scores(space: Space, layers: Sequence[Any]) -> dict[str, Tensor]:
-    """Layer name -> scores of its weights."""
-    choices, model = space.choices, space.model
-    contexts = contexts_of(
-        model, layers, choices.score, space.coupling, choices.calibration, choices.seed
-    )
-    request = Request(
-        model, layers, choices.patterns[0], choices.score, Uniform(), contexts,
-        choices.calibration, None, count_macs(model, space.example_inputs),
-    )  # fmt: skip
-    return scores_of_all(request)
+def scores_of(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    example_inputs: Inputs,
+    score: Score,
+    seed: int,
+    coupling: Coupling | None = None,
+    calibration: Sequence[Any] | None = None,
+) -> dict[str, Tensor]:
+    """Layer name -> scores of its weights, shape of the weight."""
+    if coupling is None and score.needs == "norm":
+        coupling = trace(model, example_inputs, lambda name: None)
+    contexts = contexts_of(model, layers, score, coupling, calibration, seed)
+    cost = count_macs(model, example_inputs)
+    asked = (model, layers, Channels(), score, Uniform(), contexts, calibration, None, cost)
+    return scores_of_all(Request(*asked))
 
 
 def group_of(names: Iterable[str], layer: str) -> str | None:
