@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from slimgemm import kernels
-from slimgemm.benchmarks.harness import Case, Implementation
+from slimgemm.benchmarks.harness import Case, Implementation, Missing
 from slimgemm.benchmarks.inputs import generator, normal, random_24
 from slimgemm.benchmarks.peers import check_pruned, need_gpu, torch_pack, torch_prune
 from slimgemm.benchmarks.shapes import Linear
@@ -27,10 +27,15 @@ def _hardware_order(name: str) -> Callable[[Tensor], Call]:
 
     def prepare(w: Tensor) -> Call:
         need_gpu(w, f"the order of {name}")
-        from slimgemm.kernels.gluon import pack
+        from slimgemm.kernels.gluon import pack_dense
 
-        to_order = pack.pack_mma_sp if name == "mma_sp" else pack.pack_wgmma_sp
-        return lambda: to_order(kernels.pack_24(w))
+        mma = name == "mma_sp"
+        to_order = pack_dense.pack_dense_mma_sp if mma else pack_dense.pack_dense_wgmma_sp
+        try:
+            to_order(w)
+        except ValueError as why:  # the launcher refuses this dtype
+            raise Missing(str(why)) from None
+        return lambda: to_order(w)
 
     return prepare
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -99,39 +101,34 @@ def portable(g: Given) -> Call:
     return lambda: run(g.x, packed)
 
 
-def need_capability(wanted: tuple[int, int], exact: bool) -> None:
-    """Raise Missing unless the current GPU has this compute capability, or a later one."""
-    found = torch.cuda.get_device_capability()
-    if found < wanted or (exact and found != wanted):
-        raise Missing(f"needs compute capability {wanted}, this GPU has {found}")
+# Sparse tensor core kernel -> its file and launcher, and the order of orders.py that it reads;
+# none where it reads the canonical format.
+SPARSE_TENSOR_CORES = {
+    "mma_sp": ("mma_sp.spmm_24_mma_sp", "to_mma_sp"),
+    "wgmma_sp": ("wgmma_sp.spmm_24_wgmma_sp", "to_wgmma_sp"),
+    "mma_packed": ("mma_packed.spmm_24_mma_packed", ""),
+    "wgmma_packed": ("wgmma_packed.spmm_24_wgmma_packed", ""),
+}
 
 
-def _check_16_bit(g: Given, name: str) -> None:
+def sparse_tensor_core(name: str, g: Given) -> Call:
+    """A sparse tensor core kernel itself, whatever the dispatcher would take.
+
+    Raises:
+        Missing: no GPU, or the launcher refuses this GPU, dtype or shape.
+    """
     need_gpu(g.w, name)
-    if g.w.dtype not in (torch.float16, torch.bfloat16):
-        raise Missing(f"{name} takes fp16 and bf16 only")
-
-
-def mma_sp(g: Given) -> Call:
-    """The sparse tensor core kernel of sm_80 and later."""
-    _check_16_bit(g, "mma_sp")
-    need_capability((8, 0), exact=False)
-    from slimgemm.kernels.gluon import mma_sp as file
-    from slimgemm.kernels.gluon import orders
-
-    weight = orders.to_mma_sp(kernels.pack_24(g.w))
-    return lambda: file.spmm_24_mma_sp(g.x, weight)
-
-
-def wgmma_sp(g: Given) -> Call:
-    """The sparse tensor core kernel of Hopper."""
-    _check_16_bit(g, "wgmma_sp")
-    need_capability((9, 0), exact=True)
-    from slimgemm.kernels.gluon import orders
-    from slimgemm.kernels.gluon import wgmma_sp as file
-
-    weight = orders.to_wgmma_sp(kernels.pack_24(g.w))
-    return lambda: file.spmm_24_wgmma_sp(g.x, weight)
+    place, order = SPARSE_TENSOR_CORES[name]
+    file, _, function = place.partition(".")
+    run = getattr(importlib.import_module(f"slimgemm.kernels.gluon.{file}"), function)
+    orders = importlib.import_module("slimgemm.kernels.gluon.orders")
+    try:
+        packed = kernels.pack_24(g.w)
+        weight = getattr(orders, order)(packed) if order else packed
+        run(g.x, weight)
+    except ValueError as why:
+        raise Missing(str(why)) from None
+    return lambda: run(g.x, weight)
 
 
 def forward(p: Product) -> Case:
@@ -146,8 +143,10 @@ def forward(p: Product) -> Case:
     competitors = (
         Implementation("slimgemm spmm_24", ours, sparse),
         Implementation("slimgemm portable", portable, sparse),
-        Implementation("slimgemm mma_sp", mma_sp, sparse),
-        Implementation("slimgemm wgmma_sp", wgmma_sp, sparse),
+        *(
+            Implementation(f"slimgemm {name}", functools.partial(sparse_tensor_core, name), sparse)
+            for name in SPARSE_TENSOR_CORES
+        ),
         Implementation("torch dense", lambda g: lambda: F.linear(g.x, g.w), dense),
         Implementation("torch dense compiled", lambda g: fast(g.x, g.w), dense),
         Implementation("torch cusparselt", lambda g: lt(g.x, g.w), sparse, note=lt.note),

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from slimgemm.benchmarks import cli_tune
+from slimgemm.benchmarks import cli_bench, cli_tune
 
 COLUMNS = 100  # of tables, where stdout is no terminal
 
@@ -109,6 +109,7 @@ def kernels(
     raise typer.Exit(status)
 
 
+app.command(name="bench")(cli_bench.bench)
 app.command(name="tune")(cli_tune.tune)
 
 

@@ -336,19 +336,22 @@ def is_dense(row: Row) -> bool:
     return row.implementation.startswith("torch dense")
 
 
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
+def with_ratios(rows: Sequence[Any], dense: Callable[[Any], bool] = is_dense) -> list[Any]:
     """`rows` of one case with best_dense_over_this filled in: above 1, faster than every dense one.
 
     Graph times are compared with graph times, eager with eager.
+
+    Args:
+        dense: which rows are those of dense competitors.
     """
 
-    def ratio(row: Row) -> float | None:
+    def ratio(row: Any) -> float | None:
         column = f"{row.rate_from}_us_p50"
-        rivals = [getattr(r, column) for r in rows if is_dense(r) and r.status == TIMED]
+        rivals = [getattr(r, column) for r in rows if dense(r) and r.status == TIMED]
         best = min((us for us in rivals if us is not None), default=None)
         return None if best is None else best / getattr(row, column)
 
     return [
-        dataclasses.replace(row, best_dense_over_this=ratio(row) if row.status == TIMED else None)
+        dataclasses.replace(row, best_dense_over_this=ratio(row)) if row.status == TIMED else row
         for row in rows
     ]

@@ -1,0 +1,183 @@
+"""`slimgemm bench`: measure, record, and compare with what was recorded."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimgemm.benchmarks.bench import Settings
+    from slimgemm.benchmarks.records import Recorder
+
+COLUMNS = 120  # of tables, where stdout is no terminal
+MODELS, BUILDS, PREDICTION = "models", "builds", "prediction"
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say what is wrong on stderr and leave with this exit code."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def bench(
+    op: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="spmm_24, pack_24, conv2d_24, ..., models; may be repeated. Default: all of them. "
+            "Also builds and prediction, which time nothing and are only run by name."
+        ),
+    ] = None,
+    shapes: Annotated[
+        str, typer.Option(help="all, main, check, small or tiny. Default: main on a GPU, or small.")
+    ] = "",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="fp16, bf16 or fp32; may be repeated. Default: bf16 on a GPU, or fp32."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the recorded files.")] = Path("out/bench"),
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="A recorded file, or a folder of them: slower rows are an error."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option(help="Also torch.compile, max-autotune: minutes more.")
+    ] = True,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Begin no further case after this long.")
+    ] = None,
+) -> None:
+    """Check, then time, every op beside torch's best on this device, and record it.
+
+    What fails its check is not timed. Exit code 1 if one of our rows was refused or failed, or is
+    slower than recorded beyond noise; 2 for bad input.
+    """
+    import torch
+    from rich.console import Console
+
+    from slimgemm.benchmarks import bench as job
+    from slimgemm.benchmarks.peers import Peers
+    from slimgemm.benchmarks.shapes import shapes as shape_set
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    if gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+    name = shapes or ("main" if gpu else "small")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=COLUMNS)
+    try:
+        extra = {MODELS, BUILDS, PREDICTION}
+        kernel_ops = [o for o in op or () if o not in extra]
+        ops = job.check_ops(kernel_ops) if kernel_ops or not op else []
+        ops += [MODELS] if not op else [o for o in op if o in extra]
+        settings = job.Settings(
+            shape_set(name), dtypes_of(dtype, gpu), device, out, command_of(sys.argv),
+            Peers(compiled), seconds,
+        )  # fmt: skip
+        old = recorded(compare, device, ops) if compare else {}
+    except ValueError as error:
+        fail(str(error))
+    bad = run_all(ops, name, settings, old, console)
+    if bad:
+        fail(f"{len(bad)} rows are not as they must be:\n" + "\n".join(bad), 1)
+
+
+def command_of(arguments: list[str]) -> str:
+    """The command line, without the folder of the program."""
+    return shlex.join(["slimgemm", *arguments[1:]])
+
+
+def dtypes_of(names: Iterable[str] | None, gpu: bool) -> tuple[Any, ...]:
+    """The dtypes of these names; ValueError for one that is not known."""
+    from slimgemm.benchmarks.bench import DTYPES
+
+    wanted = list(names or (["bf16"] if gpu else ["fp32"]))
+    for one in wanted:
+        if one not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {one!r}")
+    return tuple(DTYPES[one] for one in wanted)
+
+
+def recorded(path: Path, device: Any, ops: list[str]) -> dict[str, Any]:
+    """op -> the Record to compare with.
+
+    Raises:
+        ValueError: there is no recorded file for any of `ops`, or one is not readable.
+    """
+    from slimgemm.benchmarks import machine, records
+    from slimgemm.benchmarks.bench_model import ModelRow
+    from slimgemm.benchmarks.harness import Row
+
+    names = {op: f"{machine.slug(device)}_{op}.csv" for op in ops if op not in (BUILDS, PREDICTION)}
+    if path.is_dir():
+        files = {op: path / name for op, name in names.items() if (path / name).is_file()}
+    else:
+        files = {op: path for op, name in names.items() if path.name == name and path.is_file()}
+    if not files:
+        raise ValueError(f"{path} must be or hold one of {', '.join(names.values())}")
+    return {op: records.read(f, ModelRow if op == MODELS else Row) for op, f in files.items()}
+
+
+def run_all(
+    ops: list[str], shapes: str, settings: Settings, old: dict[str, Any], console: Console
+) -> list[str]:
+    """Run each op, print its table, compare; what is wrong, one line each."""
+    from slimgemm.benchmarks import bench as job
+    from slimgemm.benchmarks import bench_paper, records
+    from slimgemm.benchmarks.bench_tables import complaints, show
+    from slimgemm.benchmarks.progress import Steps
+
+    bad: list[str] = []
+    started = time.monotonic()
+    timed = [o for o in ops if o not in (BUILDS, PREDICTION)]
+    limits = job.limits_of(settings) if timed else {}
+    with Steps(console, loops=len(ops)) as steps:
+        for op in ops:
+            if op in (BUILDS, PREDICTION):
+                path, text = bench_paper.run(op, settings)
+                steps.say(f"{text}\nWrote {path}.")
+                continue
+            recorder = _run_one(op, shapes, settings, limits, steps, started)
+            show(recorder.rows, console)
+            steps.say(f"Wrote {recorder.path}.")
+            bad += complaints(recorder.rows)
+            if op in old:
+                new = records.Record(recorder.head, recorder.rows)
+                try:
+                    bad += [f"slower: {change}" for change in records.regressions(old[op], new)]
+                except ValueError as error:
+                    bad.append(f"{op}: {error}")
+    return bad
+
+
+def _run_one(
+    op: str, shapes: str, settings: Settings, limits: Any, steps: Any, started: float
+) -> Recorder:
+    from slimgemm.benchmarks import bench as job
+    from slimgemm.benchmarks.bench_model import ModelRow, run_models
+    from slimgemm.benchmarks.records import Recorder
+    from slimgemm.benchmarks.workloads import SCALES, workloads
+
+    s = settings
+    if op != MODELS:
+        total = sum(1 for dtype in s.dtypes for _ in job.OPS[op](s, dtype))
+        with steps.loop(op, total) as loop:
+            return job.run(op, s, limits, lambda rows: loop.step(rows[0].shape), started)
+    scale = SCALES.get(shapes, SCALES["full"])
+    total = sum(1 for dtype in s.dtypes for _ in workloads(scale, dtype, s.device))
+    recorder = Recorder(s.out, MODELS, s.device, job.head_of(s, limits), ModelRow)
+    with steps.loop(op, total) as loop:
+        return run_models(
+            scale, s.dtypes, s.device, recorder, s.peers,
+            seconds=s.seconds, on_rows=lambda rows: loop.step(rows[0].workload),
+            rounds=s.shapes.rounds, started=started,
+        )  # fmt: skip

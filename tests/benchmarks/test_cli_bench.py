@@ -1,0 +1,138 @@
+"""`slimgemm bench`: what it runs, writes, compares and refuses."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from slimgemm import kernels
+from slimgemm.benchmarks import bench_paper, machine, records
+from slimgemm.benchmarks.bench_tables import number
+from slimgemm.benchmarks.cli import app
+from slimgemm.kernels.build_compile import Report
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs what a CPU runs")
+
+
+@pytest.fixture(autouse=True)
+def quick_limits(monkeypatch):
+    """Limits of the device by a small copy and product."""
+    monkeypatch.setattr(machine, "COPY_BYTES", 16 << 20)
+    monkeypatch.setattr(machine, "PRODUCT", 1024)
+
+
+def bench(out, *arguments):
+    words = ["bench", "--shapes", "tiny", "--no-compiled", "--out", str(out), *arguments]
+    return CliRunner().invoke(app, words)
+
+
+def test_one_op_is_recorded_and_shown(tmp_path):
+    done = bench(tmp_path, "--op", "pack_24")
+    assert done.exit_code == 0, done.output
+    read = records.read(tmp_path / "cpu_pack_24.csv")
+    assert read.head["command"].startswith("slimgemm ")
+    assert float(read.head["limit_copy_tb_per_s_fp32"]) > 0
+    assert "tiny.square" in done.output and "slimgemm pack_24" in done.output
+    assert [p.name for p in tmp_path.iterdir()] == ["cpu_pack_24.csv"]
+
+
+def test_a_slower_run_is_an_error_and_the_same_file_is_not(tmp_path):
+    bench(tmp_path / "old", "--op", "overhead")
+    path = tmp_path / "old" / "cpu_overhead.csv"
+    old = records.read(path)
+    for scale, code in ((1e3, 0), (1e-3, 1)):
+        rows = [scaled(row, scale) for row in old.rows]
+        records.write_text(path, records.as_csv(old.head, rows))
+        done = bench(tmp_path / "new", "--op", "overhead", "--compare", str(path.parent))
+        assert done.exit_code == code, done.output
+        assert ("slower: overhead" in done.output) == bool(code)
+
+
+def scaled(row, scale):
+    names = [f"eager_us_{p}" for p in ("p20", "p50", "p80")]
+    if row.status != "timed":
+        return row
+    return dataclasses.replace(row, **{name: getattr(row, name) * scale for name in names})
+
+
+def test_a_refused_row_of_ours_is_an_error(tmp_path, monkeypatch):
+    right = kernels.gemm_channels
+    monkeypatch.setattr(kernels, "gemm_channels", lambda *a, **k: right(*a, **k) * 1.01)
+    done = bench(tmp_path, "--op", "gemm_channels")
+    assert done.exit_code == 1
+    assert "refused: gemm_channels" in done.output and "rows are not as they must be" in done.output
+    assert (tmp_path / "cpu_gemm_channels.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--op", "gemm"], r"op must be one of spmm_24, .* got 'gemm'"),
+        (["--dtype", "int8"], r"dtype must be one of fp16, bf16, fp32, got 'int8'"),
+        (["--shapes", "huge"], r"shapes must be one of all, .* got 'huge'"),
+        (["--compare", "/nowhere"], r"must be or hold one of cpu_"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, arguments, text):
+    done = bench(tmp_path, *arguments)
+    assert done.exit_code == 2 and re.search(text, " ".join(done.output.split()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_labelled_and_are_the_floors_of_the_data_sheet(tmp_path):
+    done = bench(tmp_path, "--op", "prediction")
+    assert done.exit_code == 0 and "nothing in this file was measured" in done.output
+    read = records.read(tmp_path / "prediction_h200.csv", bench_paper.Prediction)
+    assert read.head["note"] == "prediction from data sheets; nothing in this file was measured"
+    rows = {(r.layer, r.m): r for r in read.rows}
+    one = rows["llama3-8b.o", 1]
+    # 2 bytes a weight at 4.8 TB/s; 1.125 of them packed.
+    assert one.dense_us == pytest.approx(2 * 4096**2 / 4.8e6, rel=1e-3)
+    assert one.sparse_us == pytest.approx(1.125 * 4096**2 / 4.8e6, rel=1e-3)
+    assert one.bound == "bytes" and 1.7 < one.dense_over_sparse < 16 / 9
+    many = rows["llama3-8b.o", 16384]
+    assert many.bound == "products" and many.dense_over_sparse == pytest.approx(2, rel=1e-3)
+    assert many.portable_us == many.dense_us
+
+
+@pytest.mark.parametrize(
+    ("op", "case", "tile"),
+    [
+        ("spmm_24", "16x64x64 w4 s3", (64, 16)),
+        ("spmm_24", "add parts", None),
+        ("spmm_24_mma_sp", "m 8", (32, 8)),
+        ("spmm_24_mma_sp", "m 64 split", (128, 64)),
+        ("spmm_24_wgmma_sp", "m 256 gelu", (128, 256)),
+    ],
+)
+def test_tiles_of_builds(op, case, tile):
+    assert bench_paper.tile_of(op, case) == tile
+
+
+def test_figures_of_a_build(tmp_path, monkeypatch):
+    sound = Report(
+        "spmm_24_mma_sp", "_mma_sp_kernel", "m 8", "bf16", "sm_90", 78, 0, 0, 49152,
+        {"HMMA.SP.16832.F32.BF16": 16}, {16: 9},
+    )  # fmt: skip
+    spilt = Report("spmm_24", "_spmm_24_kernel", "16x64x64", "bf16", "sm_90", 255, 99, 3, 1024)
+    monkeypatch.setattr(bench_paper, "_reports", lambda s: [sound, spilt])
+    done = bench(tmp_path, "--op", "builds")
+    assert done.exit_code == 0 and "2 kernels built, 1 not sound" in done.output
+    first, second = records.read(tmp_path / "builds_spmm_24.csv", bench_paper.BuildRow).rows
+    assert (first.status, first.registers, first.smem_bytes) == ("sound", 78, 49152)
+    assert first.tensor_core == "16 x HMMA.SP.16832.F32.BF16"
+    # 32 rows x 128 columns at 9 bits a weight; 8 tokens x 128 columns of 2 bytes.
+    assert (first.weight_bytes, first.x_bytes) == (32 * 128 * 9 // 8, 8 * 128 * 2)
+    assert first.flop_per_byte == pytest.approx(2 * 32 * 8 * 128 / (4608 + 2048), rel=1e-5)
+    assert second.status == "not sound" and second.tile_rows is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (1234.5, "1,234"), (12.345, "12.3"), (0.123456, "0.12"), (1e-7, "1e-07"),
+     (0.0, "0.00"), (5e7, "5e+07")],
+)  # fmt: skip
+def test_numbers_in_tables(value, text):
+    assert number(value) == text
