@@ -152,12 +152,12 @@ def check_shapes(packed: Packed24) -> None:
             f"values must be a floating matrix, got {values.dtype} {tuple(values.shape)}"
         )
     want_values, want_meta = packed_shapes(values.shape[0], k, keep, group)
-    if k < 0 or tuple(values.shape) != want_values:
+    if k < 0 or values.shape != want_values:
         raise ValueError(
             f"values must be {list(want_values)} for k={k} at {keep}:{group}, "
             f"got {list(values.shape)}"
         )
-    if meta.dtype != torch.uint8 or tuple(meta.shape) != want_meta:
+    if meta.dtype != torch.uint8 or meta.shape != want_meta:
         raise ValueError(
             f"meta must be uint8 {list(want_meta)} for values {list(values.shape)}, "
             f"got {meta.dtype} {list(meta.shape)}"
