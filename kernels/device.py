@@ -193,6 +193,10 @@ class Rows(NamedTuple):
 
 def as_rows(x: torch.Tensor) -> Rows:
     """`x` [..., columns] as Rows; a copy only if its leading axes need three or more strides."""
+    if x.is_contiguous() and x.numel():  # one stride: the common case, and quick
+        columns = x.shape[-1]
+        count = x.numel() // columns
+        return Rows(x, count, count, 0, columns if count > 1 else 0, 1)
     axes = [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
     if not x.numel():
         return Rows(x, math.prod(x.shape[:-1]), 1, 0, 0, x.stride(-1))

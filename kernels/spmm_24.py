@@ -115,7 +115,7 @@ def add_parts(
     """`out` [M, N] = act(sum over parts [P, M, N] * scale + bias), in a fixed order."""
     count, m, n = parts.shape
     block_m, block_n = 4, 128
-    grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n))
+    grid = (-(-m // block_m), -(-n // block_n))
     _add_parts_kernel[grid](
         parts, bias, scale, out, m, n, count,
         ACT=act, HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
@@ -176,15 +176,15 @@ def spmm_24(
         return y
     precision = matmul_precision(x.dtype)
     tile = tile or spmm_tile(rows.count, multiply_adds(x.dtype, precision, x.device))
-    programs = triton.cdiv(rows.count, tile.m) * triton.cdiv(n, tile.n)
-    steps = triton.cdiv(k, tile.k)
+    # Not triton.cdiv, which costs the host microseconds a call.
+    programs, steps = -(-rows.count // tile.m) * -(-n // tile.n), -(-k // tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))
     partial = split > 1
     out = y if not partial else x.new_empty(split, rows.count, n, dtype=torch.float32)
     _spmm_24_kernel[(programs, split)](
         rows.tensor, w.values, w.meta, bias, scale, out,
         rows.count, n, k, w.meta.shape[1], rows.inner,
-        rows.stride_outer, rows.stride_inner, rows.stride_column, triton.cdiv(steps, split),
+        rows.stride_outer, rows.stride_inner, rows.stride_column, -(-steps // split),
         KEEP=w.keep, GROUP=w.group, ACT=act,
         HAS_BIAS=bias is not None, HAS_SCALE=scale is not None, PARTIAL=partial,
         PRECISION=precision,
