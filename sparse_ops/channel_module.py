@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
-from slimgemm.kernels.channel_layout import RANGE, addressing, check_groups
+from slimgemm.kernels.channel_layout import RANGE, addressing, channel_layout, check_groups
 from slimgemm.kernels.formats import ChannelIndex, channel_index
 
 Kept = ChannelIndex | Tensor | list[int] | range | None
@@ -90,7 +91,7 @@ class ChannelModule(nn.Module):
     """The kept channels of a module, how they are loaded, and the way from and to dense."""
 
     # What the constructor sets beside the attributes of the dense module; decompress drops them.
-    own_attributes: ClassVar[tuple[str, ...]] = ("_layouts", "_paddings", "groups")
+    own_attributes: ClassVar[tuple[str, ...]] = ("_layouts", "_laid_out", "_paddings", "groups")
 
     weight: nn.Parameter
     in_index: Tensor | None
@@ -114,6 +115,7 @@ class ChannelModule(nn.Module):
                 tensor = index.index.to(target, copy=True)
             self._layouts[key] = layout
             self.register_buffer(key, tensor)
+        self._note_indices()
         shape = (
             self._layouts["out_index"][1],
             self._layouts["in_index"][1] // self.groups,
@@ -153,13 +155,41 @@ class ChannelModule(nn.Module):
         kept = {"kept_in": self.kept_in, "kept_out": self.kept_out}
         return {key: None if i is None else i.index.tolist() for key, i in kept.items()}
 
+    def _note_indices(self) -> None:
+        """Remember which index tensors `_layouts` describes."""
+        self._laid_out = {key: getattr(self, key) for key in self._layouts}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `to` and its like do: the same indices, elsewhere."""
+        replaced = [key for key in self._layouts if getattr(self, key) is not self._laid_out[key]]
+        super()._apply(fn, recurse)
+        self._laid_out |= {k: getattr(self, k) for k in self._layouts if k not in replaced}
+        return self
+
+    def _named(self, key: str) -> tuple[Tensor | None, tuple[int, int, int, int]]:
+        """Index `key` and how to address it; one that came from elsewhere is read and checked here.
+
+        Raises:
+            ValueError: torch.func.functional_call, say, put an index here that is not valid, or
+                that cannot be read.
+        """
+        index, layout = getattr(self, key), self._layouts[key]
+        # A traced index has no elements to read: it is taken for the one that was laid out.
+        traced = torch.compiler.is_compiling() or isinstance(index, FakeTensor)
+        if index is None or traced or index.is_meta or index is self._laid_out[key]:
+            return (None if layout[3] == RANGE else index), layout
+        try:
+            found = channel_layout(ChannelIndex(index, layout[0]), layout[0], key, self.groups)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{key} was replaced by a tensor that cannot be read ({error}); replace the weight "
+                "and the bias only"
+            ) from None
+        return found.index, (found.width, found.kept, found.start, found.run)
+
     def _channels(self) -> list[Any]:
         """The four arguments that name the channels to an operator."""
-        arguments: list[Any] = []
-        for key in ("in_index", "out_index"):
-            layout = self._layouts[key]
-            arguments += [None if layout[3] == RANGE else getattr(self, key), layout]
-        return arguments
+        return [*self._named("in_index"), *self._named("out_index")]
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -186,6 +216,7 @@ class ChannelModule(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._layouts = layouts
+        self._note_indices()
 
     def _places_in(self) -> Tensor | None:
         """int64 [groups, 1, kept per group]: the place of each kept in channel inside its group."""

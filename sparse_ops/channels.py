@@ -7,7 +7,9 @@ holds a non-zero.
 
 State dict: `weight` [kept_out, kept_in / groups, ...], `bias` [kept_out] where there is one, and
 `in_index` int64 [kept_in], `out_index` int64 [kept_out] where channels of that axis were dropped.
-Indices are ascending, and are checked when a state dict is loaded; change them in no other way.
+Indices are ascending. They are checked when a state dict is loaded, and at the first call with
+other ones in their place (torch.func.functional_call; on a GPU that waits for the device, and a
+compiled module takes them for its own). Do not write into them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class SparseConv2d24(PackedModule):
     A new module holds nn.Conv2d's initial weights, pruned by magnitude. State dict, with Cp =
     ceil(in / groups / 8) * 8: `values` [out, kh * kw * Cp * keep / group], `meta` uint8
     [out, kh * kw * Cp / 8], `bias` [out]; layout in slimgemm.kernels.conv_layout, bits in
-    slimgemm.kernels.formats.
+    slimgemm.kernels.formats. To export a single layer, wrap it: see SparseLinear24.
     """
 
     own_attributes: ClassVar[tuple[str, ...]] = (*PackedModule.own_attributes, "_paddings")

@@ -3,6 +3,10 @@
 A packed weight crosses the operator boundary as its parts: values, meta, k, keep, group. Each
 operator's three products close over each other (the gradient of each is made of the other two),
 so backward of any order works and no dense weight is made.
+
+The functions of this module and of its two neighbours also work under torch.func: grad, vjp and
+jacrev, and vmap, which calls an operator once per sample; jvp, jacfwd and hessian (forward mode)
+are refused. torch.ops.slimgemm.<op> under torch.func has no gradient.
 """
 
 from __future__ import annotations
@@ -26,14 +30,18 @@ LIBRARY = torch.library.Library("slimgemm", "FRAGMENT")
 PATTERN = "int k, int keep, int group"
 
 
-def define(schema: str, forward: Any, fake: Any) -> Any:
-    """Register one operator for every device, and its fake; returns the callable operator."""
+def define(schema: str, forward: Any, fake: Any, save: Any, backward: Any) -> Any:
+    """Register one operator for every device, its fake and its gradient; returns its function.
+
+    Args:
+        save: setup_context of torch.library.register_autograd; backward: its backward.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
 
     def run(*args: Any) -> Any:
         # The twins are torch operators, which autocast would cast once more.
-        kind = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        kind = args[0].device.type
         if not torch.is_autocast_enabled(kind):
             return forward(*args)
         with torch.autocast(kind, enabled=False):
@@ -41,12 +49,36 @@ def define(schema: str, forward: Any, fake: Any) -> Any:
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"slimgemm::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.slimgemm, name).default
-
-
-def autograd(name: str, backward: Any, save: Any) -> None:
-    """Register the gradient of slimgemm::`name`."""
     torch.library.register_autograd(f"slimgemm::{name}", backward, setup_context=save, lib=LIBRARY)
+    return differentiable(getattr(torch.ops.slimgemm, name).default, save, backward)
+
+
+def differentiable(op: Any, save: Any, backward: Any) -> Any:
+    """`op` as a function that torch.func's transforms take too.
+
+    The gradient of torch.library.register_autograd has no setup_context of its own, which those
+    refuse; an autograd.Function around the operator has. They find it here, outside the operator.
+    """
+    function = type(
+        f"Function_{op.name()}",
+        (torch.autograd.Function,),
+        {
+            "generate_vmap_rule": True,
+            "forward": staticmethod(lambda *args: op(*args)),
+            "setup_context": staticmethod(save),
+            "backward": staticmethod(backward),
+        },
+    )
+
+    names = [argument.name for argument in op._schema.arguments]
+
+    def call(*args: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+            return op(*args, **named)
+        # An autograd.Function takes no keywords.
+        return function.apply(*args, *(named[name] for name in names[len(args) :]))
+
+    return call
 
 
 def act_backward(dy: Tensor, z: Tensor, act: str) -> Tensor:
@@ -117,8 +149,9 @@ spmm_24 = define(
     f"{PATTERN}, str act) -> Tensor",
     _spmm,
     _spmm_fake,
+    _spmm_save,
+    _spmm_backward,
 )
-autograd("spmm_24", _spmm_backward, _spmm_save)
 
 
 # ---- spmm_24_dgrad: dy @ dense(w)
@@ -150,8 +183,9 @@ spmm_24_dgrad = define(
     f"spmm_24_dgrad(Tensor dy, Tensor values, Tensor meta, {PATTERN}) -> Tensor",
     _dgrad,
     _dgrad_fake,
+    _dgrad_save,
+    _dgrad_backward,
 )
-autograd("spmm_24_dgrad", _dgrad_backward, _dgrad_save)
 
 
 # ---- spmm_24_wgrad: dy.T @ x at the kept positions
@@ -189,8 +223,9 @@ spmm_24_wgrad = define(
     f"spmm_24_wgrad(Tensor dy, Tensor x, Tensor values, Tensor meta, {PATTERN}) -> Tensor",
     _wgrad,
     _wgrad_fake,
+    _wgrad_save,
+    _wgrad_backward,
 )
-autograd("spmm_24_wgrad", _wgrad_backward, _wgrad_save)
 
 
 # ---- gather_24: the entries of a dense matrix at the kept positions
@@ -217,8 +252,9 @@ gather_24 = define(
     f"gather_24(Tensor dense, Tensor values, Tensor meta, {PATTERN}) -> Tensor",
     _gather,
     _gather_fake,
+    _gather_save,
+    _gather_backward,
 )
-autograd("gather_24", _gather_backward, _gather_save)
 
 
 # ---- unpack_24: packed -> dense
@@ -244,9 +280,12 @@ def _unpack_backward(ctx, d_dense):
 
 
 unpack_24 = define(
-    f"unpack_24(Tensor values, Tensor meta, {PATTERN}) -> Tensor", _unpack, _unpack_fake
+    f"unpack_24(Tensor values, Tensor meta, {PATTERN}) -> Tensor",
+    _unpack,
+    _unpack_fake,
+    _unpack_save,
+    _unpack_backward,
 )
-autograd("unpack_24", _unpack_backward, _unpack_save)
 
 
 # ---- pack_24 and prune_24: dense -> (values, meta)
@@ -279,7 +318,17 @@ def _pack_backward(ctx, dvalues, _):
     return unpack_24(dvalues.contiguous(), ctx.saved_tensors[0], *ctx.pattern), None, None
 
 
-pack_24 = define("pack_24(Tensor w, int keep, int group) -> (Tensor, Tensor)", _pack, _pack_fake)
-prune_24 = define("prune_24(Tensor w, int keep, int group) -> (Tensor, Tensor)", _prune, _pack_fake)
-for _name in ("pack_24", "prune_24"):
-    autograd(_name, _pack_backward, _pack_save)
+pack_24 = define(
+    "pack_24(Tensor w, int keep, int group) -> (Tensor, Tensor)",
+    _pack,
+    _pack_fake,
+    _pack_save,
+    _pack_backward,
+)
+prune_24 = define(
+    "prune_24(Tensor w, int keep, int group) -> (Tensor, Tensor)",
+    _prune,
+    _pack_fake,
+    _pack_save,
+    _pack_backward,
+)

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import ChannelLayout
-from slimgemm.kernels.conv_layout import memory_format
 from slimgemm.kernels.dispatch import implementation
 from slimgemm.kernels.reference_channels import (
     check_bias_act,
@@ -28,7 +26,8 @@ from slimgemm.kernels.reference_channels import (
     output_size,
     take,
 )
-from slimgemm.sparse_ops.library import act_backward, autograd, define
+from slimgemm.sparse_ops.library import act_backward, define
+from slimgemm.sparse_ops.library_conv import images
 
 CHANNELS = "Tensor? in_index, int[] in_layout, Tensor? out_index, int[] out_layout"
 GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -53,14 +52,6 @@ def _layouts(channels: Sequence[Any]) -> tuple[ChannelLayout, ChannelLayout]:
 def _exchanged(channels: Sequence[Any]) -> list[Any]:
     """The four arguments with the roles of in and out exchanged."""
     return [*channels[2:], *channels[:2]]
-
-
-def _images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """New images [B, channels, *size] in the memory format of `like`."""
-    return torch.empty(
-        (like.shape[0], channels, *size),
-        dtype=like.dtype, device=like.device, memory_format=memory_format(like),
-    )  # fmt: skip
 
 
 # ---- gemm_channels: y[..., out] = act(x[..., in] @ w.T + bias)
@@ -109,8 +100,9 @@ gemm_channels = define(
     f"gemm_channels(Tensor x, Tensor w, Tensor? bias, {CHANNELS}, str act) -> Tensor",
     _gemm,
     _gemm_fake,
+    _gemm_save,
+    _gemm_backward,
 )
-autograd("gemm_channels", _gemm_backward, _gemm_save)
 
 
 # ---- gemm_channels_wgrad: dy[..., out].T @ x[..., in]
@@ -146,8 +138,9 @@ gemm_channels_wgrad = define(
     f"gemm_channels_wgrad(Tensor dy, Tensor x, {CHANNELS}) -> Tensor",
     _gemm_wgrad,
     _gemm_wgrad_fake,
+    _gemm_wgrad_save,
+    _gemm_wgrad_backward,
 )
-autograd("gemm_channels_wgrad", _gemm_wgrad_backward, _gemm_wgrad_save)
 
 
 # ---- conv2d_channels: y[:, out] = act(conv2d(x[:, in], w, bias))
@@ -169,7 +162,7 @@ def _conv_fake(
     layouts = _layouts((in_index, in_layout, out_index, out_layout))
     _, outs = check_conv(x, w, *layouts, geometry)
     check_bias_act(x, w.shape[0], bias, act)
-    return _images(x, outs.width, output_size(x.shape[2], x.shape[3], w.shape[2:], geometry))
+    return images(x, outs.width, output_size(x.shape[2], x.shape[3], w.shape[2:], geometry))
 
 
 def _conv_save(ctx, inputs, output):
@@ -203,31 +196,39 @@ conv2d_channels = define(
     f"conv2d_channels(Tensor x, Tensor w, Tensor? bias, {CHANNELS}, {GEOMETRY}, str act) -> Tensor",
     _conv,
     _conv_fake,
+    _conv_save,
+    _conv_backward,
 )
-autograd("conv2d_channels", _conv_backward, _conv_save)
 
 
-# ---- conv2d_channels_dgrad: the gradient with respect to x
-def _dgrad(
-    dy: Tensor, w: Tensor, size: Sequence[int],
-    in_index: Tensor | None, in_layout: Sequence[int],
-    out_index: Tensor | None, out_layout: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    layouts = _layouts((in_index, in_layout, out_index, out_layout))
-    options = stride, padding, dilation, groups
-    return _run("conv2d_channels_dgrad", dy, w, size, *layouts, *options)
+# ---- conv2d_channels_dgrad and _wgrad: the gradients with respect to x and to w
+# Both take dy, the other operand, the size (height, width) of what they return, channels, geometry.
+OPERANDS = f"SymInt[] size, {CHANNELS}, {GEOMETRY}"
+
+
+def _dgrad(dy: Tensor, w: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
+    return _run("conv2d_channels_dgrad", dy, w, size, *_layouts(rest[:4]), *rest[4:])
 
 
 def _dgrad_fake(dy, w, size, *rest):
     geometry = conv_geometry(w.shape[2:], *rest[4:])
     ins, _ = check_conv_dgrad(dy, w, *_layouts(rest[:4]), size, geometry)
-    return _images(dy, ins.width, size)
+    return images(dy, ins.width, size)
 
 
-def _dgrad_save(ctx, inputs, output):
-    dy, w, _, in_index, ctx.in_layout, out_index, ctx.out_layout, *ctx.geometry = inputs
-    ctx.save_for_backward(dy, w, in_index, out_index)
+def _wgrad(dy: Tensor, x: Tensor, size: Sequence[int], *rest: Any) -> Tensor:
+    return _run("conv2d_channels_wgrad", dy, x, size, *_layouts(rest[:4]), *rest[4:])
+
+
+def _wgrad_fake(dy, x, size, *rest):
+    geometry = conv_geometry(size, *rest[4:])
+    ins, outs = check_conv_wgrad(dy, x, size, *_layouts(rest[:4]), geometry)
+    return dy.new_empty(outs.kept, ins.kept // geometry.groups, *size)
+
+
+def _gradient_save(ctx, inputs, output):
+    dy, other, _, in_index, ctx.in_layout, out_index, ctx.out_layout, *ctx.geometry = inputs
+    ctx.save_for_backward(dy, other, in_index, out_index)
 
 
 def _dgrad_backward(ctx, g):
@@ -243,37 +244,6 @@ def _dgrad_backward(ctx, g):
     return ddy, dw, *(None,) * 9
 
 
-conv2d_channels_dgrad = define(
-    f"conv2d_channels_dgrad(Tensor dy, Tensor w, SymInt[] size, {CHANNELS}, {GEOMETRY}) -> Tensor",
-    _dgrad,
-    _dgrad_fake,
-)
-autograd("conv2d_channels_dgrad", _dgrad_backward, _dgrad_save)
-
-
-# ---- conv2d_channels_wgrad: the gradient with respect to w
-def _wgrad(
-    dy: Tensor, x: Tensor, kernel: Sequence[int],
-    in_index: Tensor | None, in_layout: Sequence[int],
-    out_index: Tensor | None, out_layout: Sequence[int],
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    layouts = _layouts((in_index, in_layout, out_index, out_layout))
-    options = stride, padding, dilation, groups
-    return _run("conv2d_channels_wgrad", dy, x, kernel, *layouts, *options)
-
-
-def _wgrad_fake(dy, x, kernel, *rest):
-    geometry = conv_geometry(kernel, *rest[4:])
-    ins, outs = check_conv_wgrad(dy, x, kernel, *_layouts(rest[:4]), geometry)
-    return dy.new_empty(outs.kept, ins.kept // geometry.groups, *kernel)
-
-
-def _wgrad_save(ctx, inputs, output):
-    dy, x, _, in_index, ctx.in_layout, out_index, ctx.out_layout, *ctx.geometry = inputs
-    ctx.save_for_backward(dy, x, in_index, out_index)
-
-
 def _wgrad_backward(ctx, g):
     """dW is linear in dy and in x: d(dy) = conv2d(x, g), dx as dgrad of dy and g."""
     dy, x, in_index, out_index = ctx.saved_tensors
@@ -287,10 +257,17 @@ def _wgrad_backward(ctx, g):
     return ddy, dx, *(None,) * 9
 
 
+conv2d_channels_dgrad = define(
+    f"conv2d_channels_dgrad(Tensor dy, Tensor w, {OPERANDS}) -> Tensor",
+    _dgrad,
+    _dgrad_fake,
+    _gradient_save,
+    _dgrad_backward,
+)
 conv2d_channels_wgrad = define(
-    "conv2d_channels_wgrad(Tensor dy, Tensor x, SymInt[] kernel, "
-    f"{CHANNELS}, {GEOMETRY}) -> Tensor",
+    f"conv2d_channels_wgrad(Tensor dy, Tensor x, {OPERANDS}) -> Tensor",
     _wgrad,
     _wgrad_fake,
+    _gradient_save,
+    _wgrad_backward,
 )
-autograd("conv2d_channels_wgrad", _wgrad_backward, _wgrad_save)

@@ -21,7 +21,7 @@ from slimgemm.kernels.conv_layout import (
 )
 from slimgemm.kernels.dispatch import implementation
 from slimgemm.kernels.formats import Packed24
-from slimgemm.sparse_ops.library import act_backward, autograd, define
+from slimgemm.sparse_ops.library import act_backward, define
 
 GEOMETRY = (
     "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -33,7 +33,7 @@ def _packed(values: Tensor, meta: Tensor, weight_shape: Sequence[int], pattern: 
     return Packed24(values, meta, convolution(weight_shape).k, *pattern)
 
 
-def _images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+def images(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     """New images [B, channels, *size] in the memory format of `like`."""
     shape = (like.shape[0], channels, *size)
     return torch.empty(
@@ -56,7 +56,7 @@ def _conv(
 def _conv_fake(x, values, meta, bias, weight_shape, stride, padding, dilation, groups, *_):
     conv = convolution(weight_shape, stride, padding, dilation, groups)
     check_image("x", x, conv.channels * groups, values)
-    return _images(x, conv.out, conv.output_size(x.shape[2], x.shape[3]))
+    return images(x, conv.out, conv.output_size(x.shape[2], x.shape[3]))
 
 
 def _conv_save(ctx, inputs, output):
@@ -85,8 +85,9 @@ conv2d_24 = define(
     f"conv2d_24(Tensor x, Tensor values, Tensor meta, Tensor? bias, {GEOMETRY}, str act) -> Tensor",
     _conv,
     _conv_fake,
+    _conv_save,
+    _conv_backward,
 )
-autograd("conv2d_24", _conv_backward, _conv_save)
 
 
 # ---- conv2d_24_dgrad: the gradient with respect to x
@@ -104,7 +105,7 @@ def _dgrad(
 def _dgrad_fake(dy, values, meta, input_shape, weight_shape, stride, padding, dilation, groups, *_):
     conv = convolution(weight_shape, stride, padding, dilation, groups)
     check_output_gradient(dy, input_shape, conv)
-    return _images(dy, conv.channels * groups, input_shape[2:])
+    return images(dy, conv.channels * groups, input_shape[2:])
 
 
 def _dgrad_save(ctx, inputs, output):
@@ -126,8 +127,9 @@ conv2d_24_dgrad = define(
     f"{GEOMETRY}) -> Tensor",
     _dgrad,
     _dgrad_fake,
+    _dgrad_save,
+    _dgrad_backward,
 )
-autograd("conv2d_24_dgrad", _dgrad_backward, _dgrad_save)
 
 
 # ---- conv2d_24_wgrad: the gradient with respect to the stored values
@@ -168,5 +170,6 @@ conv2d_24_wgrad = define(
     f"conv2d_24_wgrad(Tensor dy, Tensor x, Tensor values, Tensor meta, {GEOMETRY}) -> Tensor",
     _wgrad,
     _wgrad_fake,
+    _wgrad_save,
+    _wgrad_backward,
 )
-autograd("conv2d_24_wgrad", _wgrad_backward, _wgrad_save)

@@ -135,9 +135,10 @@ class SparseLinear24(PackedModule):
     [out, ceil(in/8)*8*keep/group], `meta` uint8 [out, ceil(in/8)], `bias` [out]; format in
     slimgemm.kernels.formats.
 
-    torch.export takes a model that holds one. Of a program whose root is one, torch (2.13) cannot
-    make a `.module()`: its GraphModule has an attribute `meta` of its own; wrap the layer in
-    nn.Sequential. torch.func.grad stops at operators of torch.library; autograd does not.
+    torch.export takes a model that holds one; to export a single layer, wrap it in nn.Sequential.
+    Of a program whose root is the layer itself torch (2.13) cannot make a `.module()`: its
+    GraphModule has an attribute `meta` of its own, and a buffer under another name than its state
+    dict key would break functional_call, which takes the keys of a state dict.
     """
 
     def __init__(

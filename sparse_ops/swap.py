@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from slimgemm.kernels.formats import Packed24, check, check_pattern
+from slimgemm.kernels.timing import time_us
 from slimgemm.sparse_ops.channels import ChannelConv2d, ChannelLinear
 from slimgemm.sparse_ops.conv import SparseConv2d24
 from slimgemm.sparse_ops.linear import SparseLinear24
-from slimgemm.sparse_ops.report import as_table
+from slimgemm.sparse_ops.report import CompressReport, LayerReport
 
 HOOKS = tuple(name for name in nn.Module().__dict__ if "hook" in name)
 
@@ -35,53 +35,6 @@ CONVERTERS: dict[type[nn.Module], tuple[Any, Any]] = {
 READER = nn.TransformerEncoderLayer
 # A layer is swapped when that saves at least this share of its weight's bytes.
 LEAST_SAVING = 0.1
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer. Bytes are of the weight; times are on the input seen."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    packed: bool
-    reason: str
-    dense_bytes: int
-    packed_bytes: int
-    us_dense: float | None = None
-    us_packed: float | None = None
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """One LayerReport for every nn.Linear and nn.Conv2d; `print` shows it as a table."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-
-    @property
-    def packed(self) -> list[LayerReport]:
-        """The layers that were swapped."""
-        return [layer for layer in self.layers if layer.packed]
-
-    def __str__(self) -> str:
-        columns = [
-            "layer",
-            "shape",
-            "result",
-            "dense bytes",
-            "packed bytes",
-            "dense us",
-            "packed us",
-        ]
-        rows = []
-        for layer in self.layers:
-            result = f"packed ({layer.kind})" if layer.packed else f"dense: {layer.reason}"
-            times = [f"{us:.1f}" if us else "-" for us in (layer.us_dense, layer.us_packed)]
-            packed_bytes = str(layer.packed_bytes) if layer.packed else "-"
-            shape = "x".join(map(str, layer.shape))
-            rows.append([layer.name, shape, result, str(layer.dense_bytes), packed_bytes, *times])
-        note = "Packed layers hold new parameters: build the optimizer now, not before."
-        return as_table("compress", columns, rows) + (f"\n{note}" if self.packed else "")
 
 
 def modules_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -209,20 +162,20 @@ def dense_holders(model: nn.Module) -> dict[int, list[str]]:
     return holders
 
 
-def us_of(module: nn.Module, x: Tensor, reps: int = 20) -> float:
-    """Median microseconds of module(x) on the GPU, by CUDA events, after 3 warm-up calls."""
-    times = []
-    x = x.to(cast(Tensor, next(module.parameters())).dtype)  # autocast may have cast it
-    with torch.no_grad(), torch.cuda.device(x.device):
-        for rep in range(reps + 3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            module(x)
-            end.record()
-            end.synchronize()
-            if rep >= 3:
-                times.append(start.elapsed_time(end) * 1e3)
-    return sorted(times)[len(times) // 2]
+def times_of(dense: nn.Module, packed: nn.Module, x: Tensor) -> tuple[float, float, str]:
+    """Median microseconds of dense(x) and packed(x) on the GPU, L2 cold, and how they were timed.
+
+    "graph": both captured in CUDA graphs, so that the host does not count; "eager" where one of
+    them cannot be captured.
+    """
+    x = x.to(cast(Tensor, next(dense.parameters())).dtype)  # autocast may have cast it
+    calls = {"dense": lambda: dense(x), "packed": lambda: packed(x)}
+    with torch.no_grad():
+        try:
+            times, how = time_us(calls, x.device, graph=True), "graph"
+        except RuntimeError:
+            times, how = time_us(calls, x.device), "eager"
+    return times["dense"].p50, times["packed"].p50, how
 
 
 def compress(
@@ -246,7 +199,8 @@ def compress(
         keep, group: pattern to pack.
         ignore: layers to leave dense: names, or "re:" and a regex for the full name.
         only_if_faster: on a GPU, leave a layer dense whose packed kernel is slower on the input
-            it saw. Off a GPU nothing is timed: a packed layer saves memory there, not time.
+            it saw; both are timed with L2 cold, in captured CUDA graphs where they can be. Off a
+            GPU nothing is timed: a packed layer saves memory there, not time.
     Returns:
         A report with every linear and convolution, and the reason where one was left dense.
     Raises:
@@ -314,6 +268,7 @@ class Choice(NamedTuple):
     reason: str
     us_dense: float | None = None
     us_packed: float | None = None
+    timing: str = ""
 
 
 def choose(module: nn.Module, x: Tensor | None, keep: int, group: int) -> Choice:
@@ -328,10 +283,14 @@ def choose(module: nn.Module, x: Tensor | None, keep: int, group: int) -> Choice
             return Choice(None, str(error))
     dense_bytes = cast(Tensor, module.weight).nbytes
     if twin.nbytes > (1 - LEAST_SAVING) * dense_bytes:
-        return Choice(None, f"packed it would take {twin.nbytes} bytes")
+        return Choice(
+            None,
+            f"packed it would take {twin.nbytes} bytes, dense it takes {dense_bytes}: a swap must "
+            f"save at least {LEAST_SAVING:.0%}".replace("%", " %"),
+        )
     if x is None or not x.is_cuda:
         return Choice(twin, "")
-    times = us_of(module, x), us_of(twin, x)
+    times = times_of(module, twin, x)
     if times[1] > times[0]:
         return Choice(None, "dense is faster on this GPU", *times)
     return Choice(twin, "", *times)

@@ -16,6 +16,7 @@ from slimgemm.kernels.reference import ACTIVATIONS
 from slimgemm.sparse_ops import library_channels as library
 from slimgemm.sparse_ops.channels import ChannelConv2d, ChannelLinear
 
+OPS = torch.ops.slimgemm
 INS, OUTS = [0, 2, 3, 6], [1, 2, 5, 7, 8]
 
 
@@ -94,15 +95,15 @@ def test_grouped_conv_gradients():
 @pytest.mark.parametrize(("kind", "act"), [("ragged", "gelu"), ("ranges", "none"), ("all", "none")])
 def test_opcheck_gemm(kind, act):
     tensors, named = gemm_operands(kind, torch.float32)
-    torch.library.opcheck(library.gemm_channels, (*tensors, *named, act))
-    torch.library.opcheck(library.gemm_channels, (*tensors[:2], None, *named, act))
+    torch.library.opcheck(OPS.gemm_channels.default, (*tensors, *named, act))
+    torch.library.opcheck(OPS.gemm_channels.default, (*tensors[:2], None, *named, act))
 
 
 def test_opcheck_gemm_wgrad():
     dy, x = leaf(3, 9, seed=1), leaf(3, 8, seed=2)
-    torch.library.opcheck(library.gemm_channels_wgrad, (dy, x, *channels()))
+    torch.library.opcheck(OPS.gemm_channels_wgrad.default, (dy, x, *channels()))
     ranges = channels(range(4), range(3, 9))
-    torch.library.opcheck(library.gemm_channels_wgrad, (dy, x, *ranges))
+    torch.library.opcheck(OPS.gemm_channels_wgrad.default, (dy, x, *ranges))
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
@@ -115,9 +116,9 @@ def test_opcheck_conv(kind, last):
     y = library.conv2d_channels(x, w, bias, *named, *geometry, "none")
     assert y.is_contiguous(memory_format=torch.channels_last) == last
     dy = torch.ones_like(y).detach().requires_grad_()
-    torch.library.opcheck(library.conv2d_channels, (x, w, bias, *named, *geometry, "silu"))
-    torch.library.opcheck(library.conv2d_channels_dgrad, (dy, w, [4, 5], *named, *geometry))
-    torch.library.opcheck(library.conv2d_channels_wgrad, (dy, x, [2, 3], *named, *geometry))
+    torch.library.opcheck(OPS.conv2d_channels.default, (x, w, bias, *named, *geometry, "silu"))
+    torch.library.opcheck(OPS.conv2d_channels_dgrad.default, (dy, w, [4, 5], *named, *geometry))
+    torch.library.opcheck(OPS.conv2d_channels_wgrad.default, (dy, x, [2, 3], *named, *geometry))
 
 
 def test_operators_refuse_on_fake_tensors_too():

@@ -55,10 +55,11 @@ def operator_arguments(dtype=torch.float64, act="none", device="cpu"):
 
 # ---- operators
 
-OPERATORS = (library_conv.conv2d_24, library_conv.conv2d_24_dgrad, library_conv.conv2d_24_wgrad)
+NAMES = ("conv2d_24", "conv2d_24_dgrad", "conv2d_24_wgrad")
+OPERATORS = [getattr(torch.ops.slimgemm, name).default for name in NAMES]
 
 
-@pytest.mark.parametrize("index", range(3), ids=[str(op) for op in OPERATORS])
+@pytest.mark.parametrize("index", range(3), ids=NAMES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_operators_pass_opcheck(index, layout, device):
     arguments = [
@@ -70,7 +71,7 @@ def test_operators_pass_opcheck(index, layout, device):
     torch.library.opcheck(OPERATORS[index], arguments)
 
 
-@pytest.mark.parametrize("index", range(3), ids=[str(op) for op in OPERATORS])
+@pytest.mark.parametrize("index", range(3), ids=NAMES)
 def test_gradients_and_double_gradients_in_float64(index):
     arguments = operator_arguments()[index]
     places = [i for i, t in enumerate(arguments) if getattr(t, "requires_grad", False)]

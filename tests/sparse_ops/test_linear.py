@@ -12,7 +12,7 @@ from torch import nn
 
 from slimgemm.kernels.formats import PATTERNS
 from slimgemm.kernels.reference import gather_24_ref, pack_24_ref, prune_dense_24_ref
-from slimgemm.sparse_ops.linear import SparseLinear24
+from slimgemm.sparse_ops import SparseConv2d24, SparseLinear24
 
 each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda p: f"{p[0]}:{p[1]}")
 
@@ -347,15 +347,6 @@ def test_deepcopy_is_independent():
     assert other.keep == sparse.keep and repr(other) == repr(sparse)
 
 
-def test_functional_call_and_vmap():
-    sparse, x = SparseLinear24(20, 6), randn(3, 4, 20)
-    doubled = {name: 2 * t for name, t in sparse.named_parameters()}
-    assert torch.equal(torch.func.functional_call(sparse, doubled, (x,)), 2 * sparse(x))
-    state = sparse.state_dict()
-    assert torch.equal(torch.func.functional_call(sparse, state, (x,)), sparse(x))
-    assert torch.equal(torch.func.vmap(sparse)(x), torch.stack([sparse(part) for part in x]))
-
-
 # ---- state dict
 
 
@@ -471,14 +462,23 @@ def test_export_of_a_model_that_holds_one():
     assert "slimgemm.spmm_24" in str(program.graph)
 
 
-def test_export_of_a_bare_module_makes_a_program_without_a_module():
+BARE = {
+    "linear": (lambda: SparseLinear24(20, 6), (4, 20)),
+    "conv": (lambda: SparseConv2d24(8, 6, 3), (2, 8, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_bare_layer_is_exported_in_a_wrapping(name):
     """torch's GraphModule owns the name `meta`; the class docstring says to wrap the layer."""
-    sparse, x = SparseLinear24(20, 6), randn(4, 20)
+    make, shape = BARE[name]
+    sparse, x = make(), randn(*shape)
     program = torch.export.export(sparse, (x,))
     assert set(program.state_dict) == {"values", "bias", "meta"}
     with pytest.raises(KeyError, match="attribute 'meta' already exists"):
         program.module()
-    assert torch.equal(torch.export.export(nn.Sequential(sparse), (x,)).module()(x), sparse(x))
+    wrapped = torch.export.export(nn.Sequential(sparse), (x,))
+    assert torch.equal(wrapped.module()(x), sparse(x))
 
 
 def test_compiled_module_trains_as_the_eager_one():
