@@ -13,5 +13,5 @@ FOLDERS = {
 setup(
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={name: ["py.typed", "*.md", "*.csv", "*.json"] for name in FOLDERS},
+    package_data={name: ["py.typed", "*.md", "*.csv", "*.json", "tables/*.json"] for name in FOLDERS},
 )

@@ -137,6 +137,14 @@ def test_file_names():
     )
 
 
+def test_tables_of_the_package_are_installed_with_it():
+    folder = tune_table.shipped_path(HEAD).parent
+    setup = (folder.parents[1] / "setup.py").read_text()
+    assert f'"{folder.name}/*.json"' in setup
+    for path in folder.glob("*"):
+        assert path == tune_table.shipped_path(load(path).head)
+
+
 @pytest.mark.parametrize(
     "n,k,m,found",
     [
