@@ -24,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from slimgemm.kernels.formats import Packed24
 from slimgemm.kernels.gluon.compat import (
     ADDRESS_IS_GIVEN,
     arena_address,
@@ -141,10 +142,35 @@ def store_half(
 
 
 @gluon.jit
+def load_words(ptr, pid_n, block, row, column, N, K, WG: gl.constexpr, ORDERED: gl.constexpr):
+    """Metadata of one 128-column block, where registers 0 and 1 of a thread are what counts.
+
+    They are row 16 w + g, columns 2 t and 2 t + 1 of thread 32 w + 4 g + t, and carry its words 0
+    and 1. ORDERED: WgmmaSp.meta. Else the canonical bytes, as int16 [N, K / 16]: word j holds unit
+    4 j + t of the block's eight, of rows g and g + 8.
+    """
+    if ORDERED:
+        # Word j of a thread is element 2 thread + j.
+        word = (row // 16 * 64 + row % 8 * 8)[:, None] + (column % 8)[None, :]
+        tile = pid_n.to(gl.int64) * gl.cdiv(K, 128) + block
+        words = gl.load(ptr + tile * 512 + WG * 256 + word)
+    else:
+        # Past N and K stand copies of the last row and unit: ascending, and TMA has zeros there.
+        unit = gl.minimum(block * 8 + (column % 2 * 4 + column % 8 // 2), K // 16 - 1)[None, :]
+        low = gl.minimum(pid_n * 128 + WG * 64 + row // 16 * 16 + row % 8, N - 1)
+        high = gl.minimum(pid_n * 128 + WG * 64 + row // 16 * 16 + row % 8 + 8, N - 1)
+        low = gl.load(ptr + (low.to(gl.int64) * (K // 16))[:, None] + unit).to(gl.int32)
+        high = gl.load(ptr + (high.to(gl.int64) * (K // 16))[:, None] + unit).to(gl.int32)
+        words = (low & 0xFFFF) | (high << 16)
+    return words
+
+
+@gluon.jit
 def consumer(
     arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
-    WG: gl.constexpr, TILE: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
+    WG: gl.constexpr, TILE: gl.constexpr, ORDERED: gl.constexpr, KIND: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr,
+    ACT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 WG ... 64 WG + 63 of every tile of this program."""
     TOKENS: gl.constexpr = TILE.tokens
@@ -157,19 +183,16 @@ def consumer(
     base = arena_address(arena)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, ACCUMULATOR))
     column = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACCUMULATOR))
-    # Registers 0 and 1 of thread 32 w + 4 g + t are row 16 w + g, columns 2 t and 2 t + 1: they
-    # carry the two words of a block, word j of a thread being element 2 thread + j.
-    word = (row // 16 * 64 + row % 8 * 8)[:, None] + (column % 8)[None, :]
     blocks = gl.cdiv(K, 128)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
         pid_n, pid_m = place_of(tile, M, N, TOKENS, 128, GROUP)
-        words_at = words_ptr + (pid_n.to(gl.int64) * blocks * 512 + WG * 256) + word
-        words = gl.load(words_at)
+        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED)
         acc = gl.zeros([64, TOKENS], gl.float32, layout=ACCUMULATOR)
         for block in range(0, blocks):
             slot = step % STAGES
-            next_words = gl.load(words_at + gl.minimum(block + 1, blocks - 1) * 512)
+            after = gl.minimum(block + 1, blocks - 1)
+            next_words = load_words(words_ptr, pid_n, after, row, column, N, K, WG, ORDERED)
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             stage = base + slot * (UNITS * 16384)
             acc = gl.inline_asm_elementwise(
@@ -205,8 +228,8 @@ def consumer(
 @gluon.jit
 def _wgmma_sp_kernel(
     w_desc, words_ptr, x_desc, y_ptr, bias_ptr, scale_ptr, M, N, K,
-    TILE: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,
-    SCALE_PER_ROW: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
+    TILE: gl.constexpr, ORDERED: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = gl.bfloat16 if KIND == "bf16" else gl.float16
     UNITS: gl.constexpr = TILE.units
@@ -221,9 +244,9 @@ def _wgmma_sp_kernel(
     gl.warp_specialize(
         [
             (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
-                        0, TILE, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
+                        0, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
             (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
-                        1, TILE, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
+                        1, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
             (producer, (w_desc, x_desc, arena, full, empty, M, N, K, TILE, GROUP)),
         ],
         [4, 1],
@@ -233,7 +256,7 @@ def _wgmma_sp_kernel(
 
 def prepare(
     x: Tensor,
-    w_hw: WgmmaSp,
+    w_hw: WgmmaSp | Packed24,
     bias: Tensor | None = None,
     scale: Tensor | None = None,
     act: str = "none",
@@ -241,19 +264,22 @@ def prepare(
     tile: WgmmaTile | None = None,
     programs: int = 132,
 ) -> Launch:
-    """What spmm_24_wgmma_sp launches, with at most `programs` programs."""
-    m, n, k = math.prod(x.shape[:-1]), w_hw.n, w_hw.k
+    """What spmm_24_wgmma_sp launches, with at most `programs` programs; or, of a Packed24, what
+    spmm_24_wgmma_packed does."""
+    ordered = isinstance(w_hw, WgmmaSp)
+    m, (n, k) = math.prod(x.shape[:-1]), (w_hw.n, w_hw.k) if ordered else w_hw.shape
+    words = w_hw.meta if ordered else w_hw.meta.view(torch.int16)
     tile = tile or wgmma_sp_tile(m)
     out = x.new_empty(*x.shape[:-1], n)
     tiles = triton.cdiv(n, WGMMA_ROWS) * triton.cdiv(m, tile.tokens)
     return Launch(
         grid=(min(tiles, programs),),
         args=(
-            TmaView(w_hw.values, (128, 64)), w_hw.meta, TmaView(rows_of(x, k), (tile.box, 64)),
+            TmaView(w_hw.values, (128, 64)), words, TmaView(rows_of(x, k), (tile.box, 64)),
             out.view(m, n), bias, scale, m, n, k,
         ),
         constants=dict(
-            TILE=tile, KIND=PTX_TYPES[x.dtype], HAS_BIAS=bias is not None,
+            TILE=tile, ORDERED=ordered, KIND=PTX_TYPES[x.dtype], HAS_BIAS=bias is not None,
             HAS_SCALE=scale is not None, SCALE_PER_ROW=scale is not None and scale.numel() > 1,
             ACT=act, GROUP=8,
         ),
@@ -319,9 +345,13 @@ def spmm_24_wgmma_sp(
             "x must have 16-byte aligned rows of whole 16-byte units for TMA, got "
             f"k = {w_hw.k}, strides {x.stride()}; mma_sp takes any"
         )
-    launch = prepare(x, w_hw, bias, scale, act, tile=tile, programs=multiprocessors(x.device))
+    return run(prepare(x, w_hw, bias, scale, act, tile=tile, programs=multiprocessors(x.device)))
+
+
+def run(launch: Launch) -> Tensor:
+    """Launch on the device of the output, and return it."""
     args = [_descriptor(a) if isinstance(a, TmaView) else a for a in launch.args]
-    with torch.cuda.device(x.device):  # Triton launches on the current device
+    with torch.cuda.device(launch.out.device):  # Triton launches on the current device
         if not ADDRESS_IS_GIVEN:
             _prove_arena(launch, args)
         _wgmma_sp_kernel[launch.grid](*args, **launch.constants, num_warps=launch.warps)

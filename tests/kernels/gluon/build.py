@@ -35,7 +35,9 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
 }
-COUNTED = r"\b(HMMA[.\w]*|HGMMA[.\w]*|LDGSTS[.\w]*|LDG[.\w]*|LDSM|STG[.\w]*|STL|LDL|UTMALDG)"
+COUNTED = (
+    r"\b([HIQ]MMA[.\w]*|[HIQ]GMMA[.\w]*|LDGSTS[.\w]*|LDG[.\w]*|LDSM|STG[.\w]*|STL|LDL|UTMALDG)"
+)
 
 
 def mma_sp_launch(most, dtype=torch.bfloat16, k=4096, splits=1, m=None, n=16, **epilogue):
@@ -58,12 +60,14 @@ def mma_packed_launch(most, dtype=torch.bfloat16, k=4096, splits=1, odd_x=False,
     )
 
 
-def wgmma_sp_launch(tokens, dtype=torch.bfloat16, m=None, n=128, **epilogue):
+def wgmma_sp_launch(tokens, dtype=torch.bfloat16, m=None, n=128, ordered=True, **epilogue):
+    """The launch of a shipped tile, from the hardware order or from the canonical format."""
     packed = prune_24_ref(torch.zeros(n, 4096, dtype=dtype))
     x = torch.zeros(m or tokens, 4096, dtype=dtype)
     return wgmma_sp._wgmma_sp_kernel, wgmma_sp.prepare(
-        x, orders.to_wgmma_sp(packed), tile=WGMMA_SP_TILES[tokens], **epilogue
-    )
+        x, orders.to_wgmma_sp(packed) if ordered else packed,
+        tile=WGMMA_SP_TILES[tokens], **epilogue,
+    )  # fmt: skip
 
 
 def cases():
@@ -105,6 +109,16 @@ def cases():
         table[f"mma_sp/general/{most}"] = ("sm_90", lambda m=most: mma_sp_launch(m, k=4099))
     for tokens in WGMMA_SP_TILES:
         table[f"wgmma_sp/sm_90/{tokens}"] = ("sm_90", lambda t=tokens: wgmma_sp_launch(t))
+        table[f"wgmma_packed/sm_90/{tokens}"] = (
+            "sm_90",
+            lambda t=tokens: wgmma_sp_launch(t, ordered=False),
+        )
+        table[f"wgmma_packed/epilogue/{tokens}"] = (
+            "sm_90",
+            lambda t=tokens: wgmma_sp_launch(
+                t, torch.float16, ordered=False, act="gelu", **full_128
+            ),
+        )
         table[f"wgmma_sp/epilogue/{tokens}"] = (
             "sm_90",
             lambda t=tokens: wgmma_sp_launch(t, torch.float16, act="gelu", **full_128),

@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from slimgemm.kernels.configs import SMEM_BYTES
+from slimgemm.kernels.gluon.mma_packed import MMA_PACKED_TILES, mma_packed_tile
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 
@@ -87,9 +88,11 @@ def check_wgmma_sp(rows):
         kind = "F32" if "epilogue" in name else "F32.BF16"
         assert total(row, "STL") == total(row, "LDL") == 0, row
         assert row["smem"] <= SMEM_BYTES["sm_90"] and row["arena_at_zero"], row
-        # Two consumers of four steps; the metadata of a block in one 8-byte load, and one early.
+        # Two consumers of four steps; the metadata of a block, and once early: one 8-byte load, or
+        # four 2-byte ones of the canonical format.
         assert row["counts"][f"HGMMA.SP.64x{tokens}x32.{kind}"] == 8, row
-        assert row["counts"]["LDG.E.64"] == 4, row
+        width, loads = ("U16", 16) if name.startswith("wgmma_packed") else ("64", 4)
+        assert row["counts"][f"LDG.E.{width}"] == loads, row
         assert row["counts"]["UTMALDG"] == 1 + max(2, 2 * tokens // 128), row
         # All of Y in 16-byte stores: 64 x tokens values of 2 bytes over 128 lanes, two consumers.
         assert row["counts"]["STG.E.128"] == 2 * 64 * tokens // 8 // 128, row
@@ -120,7 +123,7 @@ def test_short_set(tmp_path):
     """Decode and prefill tiles where shared memory is smallest, and the other variants."""
     table = ["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"]
     others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/one_token"]
-    wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128"]
+    wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128", "wgmma_packed/epilogue/256"]
     packs = ["pack/sm_80/values", "pack/sm_90/words_128"]
     dense = ["pack_dense/sm_80/mma_sp", "pack_dense/sm_90/wgmma_sp", "unpack_dense/sm_90/mma_sp"]
     rows = build([*table, *others, *wide, *packs, *dense], tmp_path)
@@ -161,8 +164,8 @@ def test_integers_that_the_jit_makes_constants_of(tmp_path):
 
 @build_all
 def test_every_wgmma_tile(tmp_path):
-    rows = build(["wgmma_sp/*"], tmp_path)
-    assert len(rows) == 2 * len(WGMMA_SP_TILES)
+    rows = build(["wgmma_sp/*", "wgmma_packed/*"], tmp_path)
+    assert len(rows) == 4 * len(WGMMA_SP_TILES)
     check_wgmma_sp(rows)
 
 
@@ -180,8 +183,48 @@ OTHERS = [path for path in os.environ.get("SLIMGEMM_TRITONS", "").split(":") if 
 @pytest.mark.skipif(not OTHERS, reason="SLIMGEMM_TRITONS names no further Triton")
 @pytest.mark.parametrize("path", OTHERS or [None], ids=lambda p: pathlib.Path(p or "none").name)
 def test_other_versions_of_triton(path, tmp_path):
-    cases = ["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64", "wgmma_sp/*"]
-    rows = build(cases, tmp_path, path)
+    cases = ["mma_sp/sm_90/*", "mma_sp/sm_80/128", "mma_sp/general/64", "wgmma_*"]
+    rows = build([*cases, "mma_packed/sm_90/*", "mma_packed/masked/*"], tmp_path, path)
     assert {row["triton"] for row in rows.values()} == {pathlib.Path(path).name}
+    assert rows.pop("wgmma_one_token")["arena_at_zero"]
+    for name in [name for name in rows if name.startswith("mma_packed")]:
+        check_mma_packed(name, rows.pop(name))
     check_wgmma_sp({n: row for n, row in rows.items() if n.startswith("wgmma")})
     check_tiles({n: row for n, row in rows.items() if n.startswith("mma")})
+
+
+def check_mma_packed(name, row):
+    _, kind, most = name.split("/")
+    arch = kind if kind.startswith("sm_") else "sm_90"
+    tile = mma_packed_tile(int(most), kind != "odd_x")
+    assert total(row, "STL") == total(row, "LDL") == 0, row
+    assert row["smem"] <= SMEM_BYTES[arch], row
+    steps = 8 * tile.mt * tile.nt
+    assert total(row, "HMMA.SP.16832.F32") == steps, row
+    # Per 256 columns and row tile: two rows' four loads of values and two of metadata; once more
+    # before the loop, values only of the columns ahead. All are 16 bytes wide.
+    assert row["counts"].get("LDG.E.128") == tile.mt * (12 + tile.ahead + 4), row
+    if kind == "odd_x":
+        assert total(row, "LDG.E.U16") > 0 and total(row, "LDGSTS") == 0, row
+    else:
+        assert row["counts"].get("LDGSTS.E.64", 0) > 0, row
+        assert total(row, "LDG.E") == row["counts"]["LDG.E.128"] + epilogue_loads(kind, tile), row
+
+
+def epilogue_loads(kind, tile):
+    """4-byte loads of bias and scale: two rows of each row tile, each once or twice."""
+    return 8 * tile.mt if kind == "gelu" else 0
+
+
+def test_mma_packed_small_set(tmp_path):
+    names = ["mma_packed/sm_90/16", "mma_packed/sm_80/64", "mma_packed/masked/32"]
+    for name, row in build(names, tmp_path).items():
+        check_mma_packed(name, row)
+
+
+@build_all
+def test_mma_packed_every_build(tmp_path):
+    rows = build(["mma_packed/*"], tmp_path)
+    assert len(rows) == (len(ARCHITECTURES) + 3) * len(MMA_PACKED_TILES)
+    for name, row in rows.items():
+        check_mma_packed(name, row)

@@ -4,7 +4,16 @@ import pytest
 import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
 
-from slimgemm.kernels.gluon import mma_sp, orders, pack, pack_dense, unpack, wgmma_sp
+from slimgemm.kernels.gluon import (
+    mma_packed,
+    mma_sp,
+    orders,
+    pack,
+    pack_dense,
+    unpack,
+    wgmma_packed,
+    wgmma_sp,
+)
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
 
@@ -61,6 +70,39 @@ def test_wgmma_sp(tokens, shape, dtype):
     compare(got, x, packed)
 
 
+PACKED_SHAPES = [(1, 16, 32), (1, 4096, 4096), (8, 130, 992), (33, 300, 352), (300, 272, 3584)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=str)
+@pytest.mark.parametrize("most", mma_packed.MMA_PACKED_TILES, ids=str)
+def test_mma_packed(most, shape, dtype):
+    needs(8, 0)
+    packed, x = problem(*shape, dtype)
+    assert mma_packed.takes(x, packed)
+    tile = mma_packed.MMA_PACKED_TILES[most]
+    for splits in (1, 3):
+        got = mma_packed.spmm_24_mma_packed(x, packed, tile=tile, splits=splits)
+        compare(got, x, packed)
+    odd = torch.nn.functional.pad(x, (0, 1))[:, :-1]  # an odd pitch takes the 2-byte path
+    compare(mma_packed.spmm_24_mma_packed(odd, packed), odd, packed)
+    again = mma_packed.spmm_24_mma_packed(x, packed)
+    assert torch.equal(again, mma_packed.spmm_24_mma_packed(x, packed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", PACKED_SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", WGMMA_SP_TILES, ids=str)
+def test_wgmma_packed_gives_the_bits_of_wgmma_sp(tokens, shape, dtype):
+    needs(9, 0, exact=True)
+    packed, x = problem(*shape, dtype)
+    assert wgmma_packed.takes(x, packed)
+    tile = WGMMA_SP_TILES[tokens]
+    got = wgmma_packed.spmm_24_wgmma_packed(x, packed, tile=tile)
+    compare(got, x, packed)
+    assert torch.equal(got, wgmma_sp.spmm_24_wgmma_sp(x, orders.to_wgmma_sp(packed), tile=tile))
+
+
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_epilogues(act):
     needs(8, 0)
@@ -68,6 +110,8 @@ def test_epilogues(act):
     extra = dict(bias=randn(200, seed=3, device="cuda"), scale=randn(200, seed=4, device="cuda"))
     narrow = orders.to_mma_sp(packed)
     compare(mma_sp.spmm_24_mma_sp(x, narrow, act=act, **extra), x, packed, act=act, **extra)
+    got = mma_packed.spmm_24_mma_packed(x, packed, act=act, **extra)
+    compare(got, x, packed, act=act, **extra)
     needs(9, 0, exact=True)
     wide = orders.to_wgmma_sp(packed)
     compare(wgmma_sp.spmm_24_wgmma_sp(x, wide, act=act, **extra), x, packed, act=act, **extra)

@@ -10,7 +10,7 @@ from gluon_numpy import Fault, mutated
 from helpers import assert_no_worse_than_dense, randn, random_24
 
 from slimgemm.kernels.configs import SMEM_BYTES
-from slimgemm.kernels.gluon import orders, wgmma_sp
+from slimgemm.kernels.gluon import orders, wgmma_packed, wgmma_sp
 from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES, WgmmaTile, wgmma_sp_tile
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
@@ -31,6 +31,9 @@ def check(m, n, k, tile, dtype=torch.bfloat16, x=None, programs=2, schedule=None
     packed = pack_24_ref(random_24(n, k, dtype, seed=n + k))
     x = randn(m, k, dtype=dtype, seed=m + 1) if x is None else x
     got = run(x, orders.to_wgmma_sp(packed), tile, programs, schedule, **epilogue)
+    if k % 32 == 0:
+        canonical = run(x, packed, tile, programs, schedule, **epilogue)
+        assert torch.equal(canonical, got), "the canonical format gives other bits"
     if "scale" in epilogue:
         epilogue["scale"] = epilogue["scale"].expand(n)
     wide = {key: t.double() if torch.is_tensor(t) else t for key, t in epilogue.items()}
@@ -45,6 +48,7 @@ def test_every_shipped_tile_exact_and_ragged(tokens, dtype):
     tile = WGMMA_SP_TILES[tokens]
     check(tokens, 128, 384, tile, dtype)
     check(tokens + 9, 100, 136, tile, dtype)
+    check(tokens + 9, 100, 160, tile, dtype)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +88,11 @@ def test_rows_with_a_pitch():
 
 
 CONSUMER, PRODUCER, STORE = wgmma_sp.consumer, wgmma_sp.producer, wgmma_sp.store_tokens
+WORDS = wgmma_sp.load_words
 FULL_WAIT = "mbarrier.wait(full.index(slot), (step // STAGES) & 1)"
 EMPTY_WAIT = "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)"
 MASK = "mask=(token < M)[:, None] & (feature < N)[None, :]"
-FIRST_WORDS = "        words = gl.load(words_at)\n"
+FIRST_WORDS = "        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED)\n"
 FAULTS = {  # name: function, old, new, message
     "a wait that nobody signals": (
         CONSUMER, "mbarrier.arrive(empty.index(slot), count=1)", "pass", "deadlock",
@@ -114,9 +119,9 @@ FAULTS = {  # name: function, old, new, message
 }  # fmt: skip
 WRONG = {  # name: function, old, new
     "rows of the other warpgroup": (CONSUMER, "stage + WG * 8192", "stage + 8192 - WG * 8192"),
-    "metadata of the other warpgroup": (CONSUMER, "WG * 256", "256 - WG * 256"),
+    "metadata of the other warpgroup": (WORDS, "WG * 256", "(256 - WG * 256)"),
     "metadata words swapped": (
-        CONSUMER, "(column % 8)[None, :]", "(column % 8 // 2 * 2 + (column + 1) % 2)[None, :]",
+        WORDS, "(column % 8)[None, :]", "(column % 8 // 2 * 2 + (column + 1) % 2)[None, :]",
     ),
     "step of A": (wgmma_sp.wgmma_sp_asm, "{2 * step}", "{2 * (3 - step)}"),
     "selector": (wgmma_sp.wgmma_sp_asm, "{step % 2}, 1, 1, 1", "{1 - step % 2}, 1, 1, 1"),
@@ -126,15 +131,25 @@ WRONG = {  # name: function, old, new
 }  # fmt: skip
 
 
-def run_changed(function, old, new):
-    packed = pack_24_ref(random_24(200, 520, torch.float16))
-    x = randn(70, 520, dtype=torch.float16, seed=1)
+WRONG_PACKED = {  # name: old, new in load_words
+    "words swapped": ("column % 2 * 4 + column % 8 // 2", "(1 - column % 2) * 4 + column % 8 // 2"),
+    "lanes swapped": ("column % 8 // 2)", "3 - column % 8 // 2)"),
+    "rows of one half": ("row % 8 + 8, N - 1", "row % 8, N - 1"),
+    "rows of the other half": ("row % 8, N - 1", "row % 8 + 8, N - 1"),
+    "halves exchanged": ("(low & 0xFFFF) | (high << 16)", "(high & 0xFFFF) | (low << 16)"),
+    "a block late": ("block * 8 + (", "gl.minimum(block + 1, 3) * 8 + ("),
+}
+
+
+def run_changed(function, old, new, ordered=True):
+    packed = pack_24_ref(random_24(200, 544, torch.float16))
+    x = randn(70, 544, dtype=torch.float16, seed=1)
     changed = mutated(function, old, new)
     kernel = changed if function is KERNEL else KERNEL
     replace = None if function is KERNEL else {function.fn.__name__: changed}
     results = []
     for order in ([2, 0, 1], [0, 1, 2]):
-        weight = orders.to_wgmma_sp(packed)
+        weight = orders.to_wgmma_sp(packed) if ordered else packed
         got = run(x, weight, SMALL, 1, lambda _, o=order: o, kernel, replace)
         exact = spmm_24_ref(x.double(), packed._replace(values=packed.values.double()))
         results.append(float((got.double() - exact).abs().max() / exact.abs().max()))
@@ -154,6 +169,19 @@ def test_planted_wrong_map_gives_a_wrong_result(name):
     assert min(run_changed(*WRONG[name])) > 0.05
 
 
+@pytest.mark.parametrize("name", WRONG_PACKED)
+def test_planted_wrong_map_of_canonical_metadata_gives_a_wrong_result(name):
+    assert min(run_changed(WORDS, *WRONG_PACKED[name], ordered=False)) > 0.05
+
+
+def test_canonical_metadata_is_not_read_past_its_end():
+    with pytest.raises(Fault, match="out of bounds: words_ptr"):
+        run_changed(WORDS, "(column % 2 * 4 + column % 8 // 2), K // 16 - 1)",
+                    "(column % 2 * 4 + column % 8 // 2), K)", ordered=False)  # fmt: skip
+    with pytest.raises(Fault, match="out of bounds: words_ptr"):
+        run_changed(WORDS, "row % 8 + 8, N - 1", "row % 8 + 8, N + 99", ordered=False)
+
+
 def test_missing_wgmma_wait_is_seen():
     with pytest.raises(Fault, match="fenced before, committed and waited for"):
         run_changed(wgmma_sp.wgmma_sp_asm, '"wgmma.wait_group.sync.aligned 0;", ', "")
@@ -166,6 +194,19 @@ def test_tiles_fit_and_are_ordered():
         assert tile.arena_bytes == tile.stages * (128 * 128 + tokens * 256)
         assert tile.arena_bytes + 8192 <= SMEM_BYTES["sm_90"]
     assert wgmma_sp_tile(1).tokens == 64 and wgmma_sp_tile(9999).tokens == 256
+
+
+def test_launcher_of_the_canonical_format_refuses_before_anything_runs():
+    call = wgmma_packed.spmm_24_wgmma_packed
+    packed = pack_24_ref(random_24(16, 64, torch.bfloat16))
+    x = randn(4, 64, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"x must be \[..., 64\] for a \[16, 64\] weight"):
+        call(x[:, :32], packed)
+    with pytest.raises(ValueError, match="x must be on a GPU, got cpu"):
+        call(x, packed)
+    with pytest.raises(ValueError, match="k must be a positive multiple of 32, got 40"):
+        call(x[:, :40], pack_24_ref(random_24(16, 40, torch.bfloat16)))
+    assert not wgmma_packed.takes(x, packed)  # not on a GPU
 
 
 def test_launcher_refuses_before_anything_runs():
