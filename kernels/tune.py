@@ -13,6 +13,7 @@ to a file beside the table. If the process dies there, the next run records it a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
 import time
@@ -161,9 +162,13 @@ class Judge:
         self.operands = x, w
         self.cases: list[tuple[tuple, Tensor, float]] = []
         wide = w._replace(values=w.values.double())
-        for epilogue in ((None, None, "none"), (bias, scale, ACTIVATION)):
-            doubled = [t.double() if isinstance(t, Tensor) else t for t in epilogue]
-            exact = spmm_24_ref(x.double(), wide, *doubled)
+        epilogues: list[tuple[Tensor | None, Tensor | None, str]] = [
+            (None, None, "none"),
+            (bias, scale, ACTIVATION),
+        ]
+        for epilogue in epilogues:
+            doubled = [t if t is None else t.double() for t in epilogue[:2]]
+            exact = spmm_24_ref(x.double(), wide, *doubled, act=epilogue[2])
             allowed = allowed_error(spmm_24_ref(x, w, *epilogue), exact)
             self.cases.append((epilogue, exact, allowed))
 
@@ -261,9 +266,7 @@ def time_all(tuner: Tuner, job: Job, results: Sequence[Result]) -> list[Result]:
         if result.verdict == OK:
             choice = result.choice
             run = tuner.candidates[choice.implementation].bind(choice.tile, choice.splits)
-            calls[str(choice)] = [
-                lambda run=run, x=x, w=w: run(x, w, None, None, "none") for x, w in sets
-            ]
+            calls[str(choice)] = [functools.partial(run, x, w, None, None, "none") for x, w in sets]
     times, failed = _timed(tuner.clock, calls)
     timed = []
     for result in results:

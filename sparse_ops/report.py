@@ -43,9 +43,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CompressReport:
-    """One LayerReport for every nn.Linear and nn.Conv2d; `print` shows it as a table."""
+    """One LayerReport for every nn.Linear and nn.Conv2d; `print` shows it as a table.
+
+    note: what holds for the whole model: that its GPU was not tuned; "" if nothing does.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
+    note: str = ""
 
     @property
     def packed(self) -> list[LayerReport]:
@@ -75,6 +79,8 @@ class CompressReport:
             others = "; in eager calls, as no graph could be captured: " if eager else ""
             others += ", ".join(eager)
             lines.append(f"Times are medians with L2 cold, in captured CUDA graphs{others}.")
+        if self.note:
+            lines.append(self.note)
         if self.packed:
             lines.append("Packed layers hold new parameters: build the optimizer now, not before.")
         return "\n".join(lines)

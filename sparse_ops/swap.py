@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from slimgemm.kernels.dispatch import untuned
 from slimgemm.kernels.formats import Packed24, check, check_pattern
 from slimgemm.kernels.timing import time_us
 from slimgemm.sparse_ops.channels import ChannelConv2d, ChannelLinear
@@ -237,7 +238,19 @@ def compress(
     for module, choice in choices.items():
         if choice.twin is not None:
             replace(model, found[module], carry_over(module, choice.twin))
-    return CompressReport([_layer_report(m, found[m][0], choice) for m, choice in choices.items()])
+    layers = [_layer_report(m, found[m][0], choice) for m, choice in choices.items()]
+    return CompressReport(layers, _untuned(choices))
+
+
+def _untuned(choices: dict[nn.Module, Choice]) -> str:
+    """That the GPU of a 2:4 linear layer, packed or timed, was not tuned; "" if each one was."""
+    devices = [
+        module.weight.device
+        for module, choice in choices.items()
+        if isinstance(module, nn.Linear)
+        and (isinstance(choice.twin, SparseLinear24) or choice.us_packed is not None)
+    ]
+    return " ".join(dict.fromkeys(filter(None, map(untuned, dict.fromkeys(devices)))))
 
 
 def named_by(rules: Sequence[str], names: list[str]) -> set[str]:

@@ -411,3 +411,27 @@ def test_ignore_takes_names_and_regexes_and_no_string():
         compress(mlp(), X, ignore="0")
     with pytest.raises(ValueError, match="is no regular expression"):
         compress(mlp(), X, ignore=["re:("])
+
+
+# ---- tuning
+
+
+def test_a_gpu_that_was_not_tuned_is_told_of_once(monkeypatch):
+    asked = []
+    note = "`slimgemm tune` was not run on this GPU"
+    monkeypatch.setattr(swap, "untuned", lambda device: asked.append(device) or note)
+    report = compress(mlp(), X)
+    assert len(report.packed) == 2 and asked == [torch.device("cpu")]
+    assert report.note == note and str(report).count(note) == 1
+    monkeypatch.setattr(swap, "untuned", lambda device: "")
+    assert "tune" not in str(compress(mlp(), X))
+
+
+def test_a_layer_that_lost_its_timing_is_told_of_too(monkeypatch):
+    """Tuning may turn it."""
+    monkeypatch.setattr(swap, "untuned", lambda device: "not tuned")
+    lost = swap.Choice(None, "dense is faster on this GPU", 1.0, 2.0)
+    monkeypatch.setattr(swap, "choose", lambda *args: lost)
+    assert compress(mlp(), X).note == "not tuned"
+    monkeypatch.setattr(swap, "choose", lambda *args: swap.Choice(None, "not 2:4"))
+    assert compress(mlp(), X).note == ""
