@@ -59,7 +59,7 @@ def differentiable(op: Any, save: Any, backward: Any) -> Any:
     The gradient of torch.library.register_autograd has no setup_context of its own, which those
     refuse; an autograd.Function around the operator has. They find it here, outside the operator.
     """
-    function = type(
+    function: Any = type(
         f"Function_{op.name()}",
         (torch.autograd.Function,),
         {
