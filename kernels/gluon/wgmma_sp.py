@@ -14,10 +14,10 @@ m64n256k32 of 128 cycles is 144 bytes per cycle where 128 are to be had (NOTES.m
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -271,7 +271,7 @@ def prepare(
     words = w_hw.meta if ordered else w_hw.meta.view(torch.int16)
     tile = tile or wgmma_sp_tile(m)
     out = x.new_empty(*x.shape[:-1], n)
-    tiles = triton.cdiv(n, WGMMA_ROWS) * triton.cdiv(m, tile.tokens)
+    tiles = -(-n // WGMMA_ROWS) * -(-m // tile.tokens)  # triton.cdiv takes microseconds
     return Launch(
         grid=(min(tiles, programs),),
         args=(
@@ -287,9 +287,14 @@ def prepare(
     )  # fmt: skip
 
 
+@functools.cache
+def _box_layout(box: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for(list(box), kind)
+
+
 def _descriptor(view: TmaView) -> TensorDescriptor:
-    dtype = gl.bfloat16 if view.tensor.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(list(view.box), dtype)
+    layout = _box_layout(view.box, view.tensor.dtype)
     return TensorDescriptor.from_tensor(view.tensor, list(view.box), layout)
 
 
