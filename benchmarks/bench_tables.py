@@ -12,13 +12,12 @@ if TYPE_CHECKING:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`value` to `digits` significant digits, without an exponent where it is readable."""
+    """`value` to `digits` significant digits, whole where it has more; no exponent from 1e-4 on."""
     if value is None:
         return ""
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+    if abs(value) < 1:
         return f"{value:.{digits}g}"
-    text = f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
-    return text
+    return f"{value:,.{max(0, digits - len(str(int(abs(value)))))}f}"
 
 
 def _cells(row: Any) -> list[str]:

@@ -92,8 +92,12 @@ def bench(
 
 
 def command_of(arguments: list[str]) -> str:
-    """The command line, without the folder of the program."""
-    return shlex.join(["slimgemm", *arguments[1:]])
+    """The command line that measures this again: no folder of the program, nor of the output."""
+    words = [word for word in arguments[1:] if not word.startswith("--out=")]
+    while "--out" in words:
+        place = words.index("--out")
+        del words[place : place + 2]
+    return shlex.join(["slimgemm", *words])
 
 
 def dtypes_of(names: Iterable[str] | None, gpu: bool) -> tuple[Any, ...]:

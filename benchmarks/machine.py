@@ -143,9 +143,12 @@ def head(device: torch.device, command: str, run: Run = run_text) -> dict[str, s
 
 
 def state(device: torch.device, when: str, run: Run = run_text) -> dict[str, str]:
-    """Clocks, power and temperature, with `when` (before, after) behind each key."""
+    """Clocks, power, temperature, the host's load; `when` (before, after) is behind each key."""
     keys = {query: f"{key}_{when}" for query, key in STATE.items()}
-    return nvidia_smi(device, keys, run)
+    load = (
+        f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "missing: not on this system"
+    )
+    return {**nvidia_smi(device, keys, run), f"load_average_{when}": load}
 
 
 class Limits(NamedTuple):

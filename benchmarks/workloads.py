@@ -121,14 +121,21 @@ def workloads(scale: Scale, dtype: torch.dtype, device: torch.device) -> Iterato
         return inputs
 
     first, second, third = scale.names
-    for batch in scale.sequences:
+
+    def decoding(batch: int) -> Workload:
         name = f"decode, {batch} sequences, {scale.cached} tokens each"
-        yield Workload(first, name, decoder, decode(batch), "tokens", batch)
+        return Workload(first, name, decoder, decode(batch), "tokens", batch)
+
+    fewest, *middle, most = scale.sequences
+    yield decoding(fewest)
+    yield decoding(most)
     name = f"prefill, {scale.prompt} tokens"
     yield Workload(first, name, decoder, prefill, "tokens", scale.prompt)
-    name = f"inference, {scale.images} images"
-    yield Workload(second, name, vit, images(scale.images, False), "images", scale.images)
-    yield Workload(third, name, resnet, images(scale.images, False), "images", scale.images)
-    name = f"training step, {scale.train_images} images"
     batch = scale.train_images
+    name = f"training step, {batch} images"
     yield Workload(second, name, vit, images(batch, True), "images", batch, train=True)
+    batch = scale.images
+    name = f"inference, {batch} images"
+    yield Workload(third, name, resnet, images(batch, False), "images", batch)
+    yield Workload(second, name, vit, images(batch, False), "images", batch)
+    yield from map(decoding, middle)

@@ -10,6 +10,7 @@ import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
 from torch import nn
 
+from slimgemm import kernels, pruning
 from slimgemm.sparse_ops import SparseConv2d24, SparseLinear24
 
 
@@ -66,3 +67,49 @@ def test_conv_forward(benchmark, kind):
         got = benchmark(dense if kind == "dense" else packed, x)
         exact = nn.functional.conv2d(x.double(), dense.weight.double(), dense.bias.double(), 1, 1)
         assert_no_worse_than_dense(got, dense(x), exact, kind)
+
+
+FEATURES = [256, 1024]
+
+
+def weight_of(features, benchmark):
+    if benchmark.disabled and features > 256:
+        pytest.skip("large layers only with --benchmark-enable")
+    return random_24(features, features, torch.float16)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_pack(benchmark, features):
+    weight = weight_of(features, benchmark)
+    benchmark.group = f"pack_24, {features} x {features}, fp16"
+    assert torch.equal(kernels.unpack_24(benchmark(kernels.pack_24, weight)), weight)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_unpack(benchmark, features):
+    weight = weight_of(features, benchmark)
+    packed = kernels.pack_24(weight)
+    benchmark.group = f"unpack_24, {features} x {features}, fp16"
+    assert torch.equal(benchmark(kernels.unpack_24, packed), weight)
+
+
+def make_mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+
+
+@pytest.mark.parametrize("score", [pruning.Magnitude(p=1), pruning.SparseGPT()], ids=["l1", "gpt"])
+def test_plan(benchmark, score):
+    model, x = make_mlp(), randn(64, 256, seed=1)
+    benchmark.group = "plan of a 256-512-256 MLP, 2:4, 64 samples"
+
+    def plan():
+        return pruning.plan(
+            model, x, pattern=pruning.NofM(keep=2, group=4), score=score, calibration=[x]
+        )
+
+    found = benchmark(plan)
+    found.apply(model)
+    for layer in (model[0], model[2]):
+        groups = (layer.weight != 0).view(-1, 4).sum(1)
+        assert int(groups.max()) == 2 and float(groups.float().mean()) > 1.9

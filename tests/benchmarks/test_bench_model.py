@@ -95,7 +95,7 @@ def test_every_workload_is_checked_and_timed(work):
     assert rows["dense"].best_dense_over_this == 1
 
 
-@pytest.mark.parametrize("work", [WORK[0], WORK[-1]], ids=["decode", "training"])
+@pytest.mark.parametrize("work", [WORK[0], WORK[3]], ids=["decode", "training"])
 def test_a_packed_model_that_is_wrong_is_refused_a_timing(work, monkeypatch):
     right = sparse_ops.compress
 
@@ -186,7 +186,7 @@ def test_models_are_recorded_and_the_clock_ends_the_run(tmp_path):
 def test_the_full_workloads_are_those_that_were_promised():
     names = [(w.model, w.name, w.train) for w in workloads(FULL, torch.bfloat16, CPU)]
     assert [n for m, n, _ in names if "decode" in n] == [
-        f"decode, {b} sequences, 512 tokens each" for b in (1, 8, 32, 64)
+        f"decode, {b} sequences, 512 tokens each" for b in (1, 64, 8, 32)
     ]
     assert ("llama3-8b", "prefill, 2048 tokens", False) in names
     assert ("vit-l", "training step, 32 images", True) in names

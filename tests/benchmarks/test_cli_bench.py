@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from slimgemm import kernels
-from slimgemm.benchmarks import bench_paper, machine, records
+from slimgemm.benchmarks import bench_paper, cli_bench, machine, records
 from slimgemm.benchmarks.bench_tables import number
 from slimgemm.benchmarks.cli import app
 from slimgemm.kernels.build_compile import Report
@@ -129,10 +129,16 @@ def test_figures_of_a_build(tmp_path, monkeypatch):
     assert second.status == "not sound" and second.tile_rows is None
 
 
+def test_the_recorded_command_measures_the_same_again():
+    words = ["/usr/bin/slimgemm", "bench", "--out", "/tmp/a b", "--op", "pack_24", "--out=x"]
+    assert cli_bench.command_of(words) == "slimgemm bench --op pack_24"
+    assert cli_bench.command_of(["slimgemm", "bench", "--op", "a b"]) == "slimgemm bench --op 'a b'"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (1234.5, "1,234"), (12.345, "12.3"), (0.123456, "0.12"), (1e-7, "1e-07"),
-     (0.0, "0.00"), (5e7, "5e+07")],
+    [(None, ""), (1234.5, "1,234"), (12.345, "12.3"), (0.123456, "0.123"), (1e-7, "1e-07"),
+     (0.0, "0"), (1234567.8, "1,234,568")],
 )  # fmt: skip
 def test_numbers_in_tables(value, text):
     assert number(value) == text
