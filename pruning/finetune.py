@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,3 +105,58 @@ def _step(
         nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return float(value.detach())
+
+
+CHUNKS = 20  # the learning rate falls in at most this many steps
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """Fine-tuning by number of steps, as a search wants it: (model, steps) -> None.
+
+    Adam, or another optimizer, with a learning rate that falls to zero along a half cosine. A
+    loader with a `generator` is seeded from torch's global seed at each call, so that the same
+    seed gives the same batches.
+
+    Args:
+        loader: yields (inputs, target); begun anew when it ends.
+        loss: (outputs, target) -> scalar.
+        rate: highest learning rate.
+        optimizer: (parameters, lr=rate) -> optimizer.
+    """
+
+    loader: Iterable[Any] = field(repr=False)
+    loss: Callable[[Any, Any], Tensor] = field(repr=False)
+    rate: float = 1e-3
+    optimizer: Callable[..., Optimizer] = torch.optim.Adam
+
+    def __call__(self, model: nn.Module, steps: int) -> None:
+        """Train in place for this many optimizer steps; masks are kept."""
+        if steps < 1:
+            return
+        generator = getattr(self.loader, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(torch.initial_seed())
+        chunks = min(steps, CHUNKS)
+        batches = _endless(self.loader)
+        sizes = [steps * (i + 1) // chunks - steps * i // chunks for i in range(chunks)]
+        optimizer = self.optimizer(model.parameters(), lr=self.rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chunks)
+        for size in sizes:
+            part = [next(batches) for _ in range(size)]
+            finetune(model, optimizer, part, self.loss, 1, scheduler=schedule, show=False)
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """Batch after batch, over and over.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("the loader is empty, nothing was trained")

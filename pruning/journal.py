@@ -90,6 +90,10 @@ class Journal:
     def __getitem__(self, key: str) -> Record:
         return self._records[key]
 
+    def get(self, key: str, default: Record) -> Record:
+        """The record, or the default."""
+        return self._records.get(key, default)
+
     def __iter__(self) -> Iterator[Record]:
         return iter(self._records.values())
 

@@ -6,6 +6,7 @@ the rest takes. All whole models of one call are timed in turn, so that they mee
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,9 +16,9 @@ from torch import nn
 
 from slimgemm.kernels.timing import Times, time_us
 from slimgemm.pruning.geometry import ModelLatency
-from slimgemm.pruning.inputs import Inputs, evaluating, run
+from slimgemm.pruning.inputs import Inputs, run
 from slimgemm.pruning.latency import DENSE, LatencyTable, Width, grid
-from slimgemm.pruning.sites import Site, find_sites, inputs_of
+from slimgemm.pruning.sites import Site, inputs_of
 from slimgemm.pruning.space import Allocation, Space
 
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of evenly cut models that are timed whole
@@ -104,14 +105,26 @@ def forward_of(model: nn.Module, example_inputs: Inputs) -> Callable[[], Any]:
 
 
 def layer_times(
-    model: nn.Module, example_inputs: Inputs, device: torch.device | str, rounds: int = 20
-) -> dict[str, Times]:
-    """Name -> measured microseconds of each Linear and Conv2d alone, on the input that it sees."""
-    names = find_sites(model, example_inputs)
-    inputs = inputs_of(model, names, example_inputs)
-    with evaluating(model):
-        calls = {name: _alone(model.get_submodule(name), inputs[name]) for name in names}
-        return time_us(calls, device, rounds=rounds) if calls else {}
+    models: Mapping[str, nn.Module],
+    example_inputs: Inputs,
+    names: Sequence[str],
+    table: LatencyTable,
+) -> dict[str, dict[str, Times]]:
+    """Model -> layer -> microseconds of one call alone, on the input that it sees in its model.
+
+    Args:
+        models: dense, cut or packed; each has the layers of these names.
+        names: of layers that run on the example inputs.
+        table: its device and rounds are used.
+    """
+    calls = {}
+    for title, model in models.items():
+        inputs = inputs_of(model, dict.fromkeys(names), example_inputs)
+        for name in names:
+            module = copy.deepcopy(model.get_submodule(name)).eval()
+            calls[f"{title} {name}"] = _alone(module, inputs[name])
+    found = time_us(calls, table.device, rounds=table.rounds) if calls else {}
+    return {title: {name: found[f"{title} {name}"] for name in names} for title in models}
 
 
 def _alone(module: nn.Module, x: Any) -> Callable[[], Any]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slimgemm.pruning.finetune import FineTune
+
 
 class Residual(nn.Module):
     """Residual add, squeeze and excitation, concatenation, depthwise and grouped convolutions."""
@@ -149,3 +151,31 @@ def normal() -> Callable[..., Tensor]:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
     return make
+
+
+class Blobs:
+    """A trained classifier of clusters in 8 of 16 inputs, its data, metric and fine-tuning."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        centres = 1.2 * torch.randn(4, 16, generator=generator)
+        centres[:, 8:] = 0
+        self.y = torch.randint(4, (512,), generator=generator)
+        self.x = centres[self.y] + torch.randn(512, 16, generator=generator)
+        batches = [(a, b) for a, b in zip(self.x.split(64), self.y.split(64), strict=True)]
+        self.tune = FineTune(batches[:4], F.cross_entropy, 1e-2)
+        torch.manual_seed(5)
+        self.model: nn.Module = nn.Sequential(
+            nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
+        )
+        self.tune(self.model, 60)
+        self.example = self.x[:4]
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Percent of the second half, which no training sees."""
+        return 100 * float((model(self.x[256:]).argmax(1) == self.y[256:]).float().mean())
+
+
+@pytest.fixture(scope="session")
+def blobs() -> Blobs:
+    return Blobs()

@@ -1,0 +1,241 @@
+"""netadapt: step by step, the group that costs least accuracy for the same saving.
+
+    step i: every group is cut just enough to save step * decay**i of the dense cost, every layer
+            may take its pattern; each candidate is fine-tuned briefly; the best goes on
+
+Candidates are compared by what the metric loses per saving, as a pattern saves what it saves.
+
+Source: Yang et al. 2018, arXiv 1804.03230, algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimgemm.pruning.snapshot import Snapshot, compose, load_snapshot, save_snapshot
+from slimgemm.pruning.space import Allocation, Space
+from slimgemm.pruning.task import Infeasible, Limits, Task
+
+LEAST_SAVING = 0.2  # of a step's saving: a pattern that saves less is no candidate
+REACH = 1.5  # without a limit of cost, steps go on to this much of max_drop; the end recovers some
+
+
+@dataclass(frozen=True)
+class NetAdapt:
+    """Options of the method.
+
+    Args:
+        step: share of the dense cost that the first step saves.
+        decay: factor on that share from step to step.
+        most_steps: after which it gives up.
+    """
+
+    step: float = 0.08
+    decay: float = 0.97
+    most_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step < 1 or not 0 < self.decay <= 1 or self.most_steps < 1:
+            raise ValueError(
+                f"NetAdapt needs 0 < step < 1, 0 < decay <= 1 and a step or more, got {self}"
+            )
+
+    def begin(self, task: Task) -> NetAdaptSearch:
+        """A search that offers one snapshot after the other."""
+        return NetAdaptSearch(self, task)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    site: str
+    channels: dict[str, int]
+    patterns: dict[str, str]
+    saving: float
+
+
+class NetAdaptSearch:
+    """The steps so far; `choose` makes more where it needs them."""
+
+    def __init__(self, options: NetAdapt, task: Task) -> None:
+        self.options, self.task = options, task
+        self.steps: list[tuple[Allocation, float]] = []  # after each step
+        self._last: Snapshot | None = None
+        self._dense = task.costs(task.dense_space, Allocation())
+
+    def choose(self, limits: Limits, failed: set[str]) -> Snapshot:
+        """The snapshot to finish: the first that meets the limits, or the furthest within reach.
+
+        Args:
+            limits: perhaps tighter than the task's.
+            failed: keys of allocations that did not hold what they promised.
+
+        Raises:
+            Infeasible: no step meets the limits.
+        """
+        while not self._enough(limits, failed):
+            if len(self.steps) == self.options.most_steps or not self._advance(limits):
+                break
+        if limits.met(self._dense) and limits.costs and Allocation().key not in failed:
+            return self._snapshot(-1)
+        if limits.costs:
+            place = self._first_that_meets(limits, failed)
+        else:
+            place = self._furthest_within(limits, failed)
+        if place is None:
+            raise self._infeasible(limits)
+        return self._snapshot(place)
+
+    def _enough(self, limits: Limits, failed: set[str]) -> bool:
+        if limits.costs:
+            if limits.met(self._dense) and Allocation().key not in failed:
+                return True
+            return self._first_that_meets(limits, failed) is not None
+        assert limits.max_drop is not None
+        return bool(self.steps) and self.task.drop(self.steps[-1][1]) > REACH * limits.max_drop
+
+    def _first_that_meets(self, limits: Limits, failed: set[str]) -> int | None:
+        for place, (allocation, _) in enumerate(self.steps):
+            costs = self.task.journal[f"step {place}"]["costs"]
+            if allocation.key not in failed and all(
+                costs[name] <= limit for name, limit in limits.costs.items()
+            ):
+                return place
+        return None
+
+    def _furthest_within(self, limits: Limits, failed: set[str]) -> int | None:
+        assert limits.max_drop is not None
+        for place in range(len(self.steps) - 1, -1, -1):
+            allocation, value = self.steps[place]
+            if allocation.key not in failed and self.task.drop(value) <= REACH * limits.max_drop:
+                return place
+        return None
+
+    def _infeasible(self, limits: Limits) -> Infeasible:
+        best = {"drop": min((self.task.drop(v) for _, v in self.steps), default=0.0)}
+        last = f"step {len(self.steps) - 1}"
+        reached = self.task.journal[last]["costs"] if self.steps else self._dense.as_dict()
+        names = [*limits.costs] or [limits.minimise]
+        best |= {name: reached[name] for name in names}
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in best.items())
+        return Infeasible(f"NetAdapt cannot meet {limits}; the best it reached: {shown}", best)
+
+    def _path(self, place: int) -> Path:
+        return self.task.folder / "steps" / f"{place:03d}.safetensors"
+
+    def _snapshot(self, place: int) -> Snapshot:
+        if place < 0:
+            return Snapshot(self.task.model, None, Allocation(), self.task.dense_value)
+        if place == len(self.steps) - 1 and self._last is not None:
+            return self._last
+        return load_snapshot(self._path(place), self.task.model)
+
+    def _advance(self, limits: Limits) -> bool:
+        """One step; False where nothing saves any more."""
+        place, journal = len(self.steps), self.task.journal
+        key = f"step {place}"
+        if key not in journal:
+            before = self._snapshot(place - 1)
+            space = self.task.space(before.model) if place else self.task.dense_space
+            found = list(self._candidates(space, before, place))
+            if not found:
+                return False
+            after = self._best(space, before, found, place)
+            save_snapshot(self._path(place), after)
+            self._last = after
+            costs = self.task.costs_now(after.model, after.allocation.patterns)
+            journal.add(
+                key,
+                {
+                    "kind": "step",
+                    "allocation": after.allocation.as_dict(),
+                    "value": after.value,
+                    "drop": self.task.drop(after.value),
+                    "costs": costs.as_dict(),
+                    "work": limits.work(costs, self._dense),
+                },
+            )
+        else:
+            self._last = None
+        record = journal[key]
+        self.steps.append((Allocation.from_dict(record["allocation"]), float(record["value"])))
+        return True
+
+    def _candidates(self, space: Space, before: Snapshot, place: int) -> Iterator[_Candidate]:
+        limits = self.task.limits
+        masks = dict(before.allocation.patterns)
+        scale = limits.work(self._dense, self._dense)
+
+        def work(channels: dict[str, int], patterns: dict[str, str]) -> float:
+            return limits.work(self.task.costs(space, Allocation(channels, patterns)), self._dense)
+
+        now = work({}, masks)
+        goal = scale * self.options.step * self.options.decay**place
+        for name, options in space.options.items():
+            saving = 0.0
+            chosen = None
+            for keep in options:
+                saving, chosen = now - work({name: keep}, masks), keep
+                if saving >= goal:
+                    break
+            if chosen is not None and saving > 0:
+                yield _Candidate(name, {name: chosen}, masks, saving)
+        for name in space.maskable:
+            for word in self.task.words(space, name):
+                if name in masks:
+                    continue
+                patterns = {**masks, name: word}
+                saving = now - work({}, patterns)
+                if saving >= LEAST_SAVING * goal:
+                    yield _Candidate(f"{name} {word}", {}, patterns, saving)
+
+    def _best(
+        self, space: Space, before: Snapshot, found: list[_Candidate], place: int
+    ) -> Snapshot:
+        """Evaluate every candidate, and keep the model of the cheapest; ties to the first."""
+        from rich.progress import Progress
+
+        task, best, kept, price = self.task, found[0], None, float("inf")
+        with Progress(disable=not task.show) as bar:
+            line = bar.add_task(f"NetAdapt step {place}", total=len(found))
+            for candidate in found:
+                made: list[Snapshot] = []
+
+                def make(candidate: _Candidate = candidate, made: list = made):  # type: ignore
+                    made.append(self._made(space, before, candidate, place))
+                    return made[0].model
+
+                about = {
+                    "kind": "candidate",
+                    "site": candidate.site,
+                    "allocation": self._allocation(before, candidate).as_dict(),
+                    "saving": candidate.saving,
+                }
+                key = f"step {place} {candidate.site}"
+                value = task.candidate(key, make, about)
+                mine = _price(task.drop(value) - task.drop(before.value), candidate.saving)
+                if mine < price:
+                    best, price, kept = candidate, mine, made[0] if made else None
+                bar.update(line, advance=1)
+        value = float(task.journal[f"step {place} {best.site}"]["value"])
+        if kept is None:
+            kept = self._made(space, before, best, place)
+        return Snapshot(kept.model, kept.surgery, kept.allocation, value)
+
+    def _allocation(self, before: Snapshot, candidate: _Candidate) -> Allocation:
+        channels = {**before.allocation.channels, **candidate.channels}
+        return Allocation(channels, candidate.patterns)
+
+    def _made(self, space: Space, before: Snapshot, candidate: _Candidate, place: int) -> Snapshot:
+        """The candidate cut and fine-tuned; the same bytes whenever it is made."""
+        model, surgery = space.apply(Allocation(candidate.channels, candidate.patterns))
+        self.task.tuned(model, self.task.short, f"step {place} {candidate.site}")
+        whole = compose(before.surgery, surgery)
+        allocation = self._allocation(before, candidate)
+        return Snapshot(model, whole, allocation, float("nan"))
+
+
+def _price(loss: float, saving: float) -> float:
+    """What the metric loses per saving; where it gains, the more of both the better."""
+    return loss / saving if loss > 0 else loss * saving

@@ -1,0 +1,297 @@
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from slimgemm import pruning
+from slimgemm.kernels.timing import Times
+from slimgemm.pruning import Channels, NofM, count_macs, profile
+from slimgemm.pruning import search as search_module
+from slimgemm.pruning.amc import AMC
+from slimgemm.pruning.latency import LatencyTable
+from slimgemm.pruning.netadapt import NetAdapt
+from slimgemm.pruning.pareto import Pareto
+from slimgemm.pruning.search import Search
+from slimgemm.pruning.task import Infeasible
+
+METHODS = {
+    "netadapt": NetAdapt(step=0.2),
+    "pareto": Pareto(trials=14, population=6),
+    "amc": AMC(explore=4, exploit=4),
+}
+
+
+@pytest.fixture
+def searching(blobs):
+    def make(**options):
+        defaults = {
+            "method": METHODS["netadapt"], "patterns": (Channels(multiple_of=4),),
+            "finetune": blobs.tune, "short": 3, "long": 20, "show": False,
+        }  # fmt: skip
+        return Search(options.pop("evaluate", blobs.accuracy), **(defaults | options))
+
+    return make
+
+
+@pytest.fixture
+def dense_macs(blobs):
+    return count_macs(blobs.model, blobs.example).macs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_limits_hold_for_the_finished_model_as_counted(searching, blobs, dense_macs, method):
+    if method == "pareto":
+        pytest.importorskip("optuna")
+    before = {k: v.clone() for k, v in blobs.model.state_dict().items()}
+    limit = 0.5 * dense_macs
+    patterns = (Channels(multiple_of=4), NofM(2, 4))
+    found = searching(max_macs=limit, method=METHODS[method], patterns=patterns).run(
+        blobs.model, blobs.example
+    )
+    assert found.measured.macs <= limit
+    counted, masks = count_macs(found.model, blobs.example), found.allocation.patterns
+    assert found.measured.macs == sum(
+        c.macs * (0.5 if n in masks else 1) for n, c in counted.layers.items()
+    )
+    assert found.predicted.macs == found.measured.macs
+    assert found.value == blobs.accuracy(found.model.eval())
+    assert found.drop == found.dense_value - found.value < 15
+    assert all(torch.equal(v, before[k]) for k, v in blobs.model.state_dict().items())
+    assert any(record.get("kind") == "candidate" for record in found.records)
+
+
+@pytest.mark.parametrize("name", ["params", "bytes", "energy_mj"])
+def test_every_cost_can_be_limited(searching, blobs, name):
+    from slimgemm.pruning.space import Allocation, Choices, Space
+
+    dense = Space(blobs.model, blobs.example, Choices()).costs(Allocation())
+    limit = 0.6 * dense.get(name)
+    found = searching(**{f"max_{name}": limit}).run(blobs.model, blobs.example)
+    assert found.measured.get(name) <= limit
+    if name == "params":
+        assert found.measured.params == sum(p.numel() for p in found.model.parameters())
+
+
+def test_max_drop_alone_makes_the_cost_fall(searching, blobs, dense_macs):
+    found = searching(max_drop=3.0).run(blobs.model, blobs.example)
+    assert found.drop <= 3.0 and found.measured.macs < 0.9 * dense_macs
+
+
+def test_infeasible_limits_name_the_best_that_can_be_reached(searching, blobs, dense_macs):
+    with pytest.raises(Infeasible, match=r"max_macs=10 cannot be reached: .* at its floor") as cost:
+        searching(max_macs=10).run(blobs.model, blobs.example)
+    floor = 4 * (16 * 4 + 4 * 4 + 4 * 4)
+    assert cost.value.best == {"macs": floor} and str(floor) in str(cost.value)
+    with pytest.raises(Infeasible, match=r"cannot be met; the finished model has .* a drop of"):
+        searching(max_macs=floor, max_drop=0.5).run(blobs.model, blobs.example)
+
+
+def test_a_dense_model_within_the_limits_stays(searching, blobs, dense_macs):
+    found = searching(max_macs=2 * dense_macs, long=0, short=0).run(blobs.model, blobs.example)
+    assert found.measured.macs == dense_macs and not found.allocation.channels
+
+
+def test_a_forward_that_is_not_deterministic_is_reported(searching, blobs, dense_macs):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = blobs.model
+
+        def forward(self, x):
+            return self.body(x + 1e-6 * torch.rand_like(x))
+
+    search = searching(max_macs=0.9 * dense_macs, short=0, long=0)
+    assert not search.run(blobs.model, blobs.example).notes
+    (note,) = search.run(Noisy(), blobs.example).notes
+    assert "not deterministic: two equal forwards differ by up to" in note
+
+
+def same(a, b):
+    assert a.as_dict() == b.as_dict()
+    mine, theirs = a.model.state_dict(), b.model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(v, theirs[k]) for k, v in mine.items())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_random_it_resumes_to_the_same_end(
+    searching, blobs, dense_macs, tmp_path, method
+):
+    if method == "pareto":
+        pytest.importorskip("optuna")
+    options = {
+        "max_macs": 0.5 * dense_macs, "method": METHODS[method],
+        "patterns": (Channels(multiple_of=4), NofM(2, 4)),
+    }  # fmt: skip
+    start = time.monotonic()
+    whole = searching(**options).run(blobs.model, blobs.example)
+    seconds = time.monotonic() - start
+    search = searching(**options, folder=tmp_path)
+    luck, killed = random.Random(7), 0
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                search.run(blobs.model, blobs.example)
+            finally:
+                os._exit(0)
+        time.sleep(luck.uniform(0.05, 0.6) * seconds)
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed
+    same(search.run(blobs.model, blobs.example), whole)
+
+
+@pytest.mark.parametrize("where", ["evaluate", "tune", "snapshot", "journal"])
+def test_stopped_at_any_call_it_resumes_to_the_same_end(
+    searching, blobs, dense_macs, tmp_path, monkeypatch, where
+):
+    class Stop(BaseException):
+        pass
+
+    luck, left = random.Random(where), [10**9]
+
+    def stopping(function):
+        def wrapped(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+            return function(*args)
+
+        return wrapped
+
+    options = {"max_macs": 0.6 * dense_macs}
+    whole = searching(**options).run(blobs.model, blobs.example)
+    changed = {}
+    if where == "evaluate":
+        changed["evaluate"] = stopping(blobs.accuracy)
+    elif where == "tune":
+        changed["finetune"] = stopping(blobs.tune)
+    elif where == "snapshot":
+        from slimgemm.pruning import netadapt
+
+        monkeypatch.setattr(netadapt, "save_snapshot", stopping(netadapt.save_snapshot))
+    else:
+        journal = search_module.Journal
+        monkeypatch.setattr(journal, "_write", stopping(journal._write))
+    search = searching(**options, **changed, folder=tmp_path)
+    for _ in range(2):
+        left[0] = luck.randrange(1, 6)
+        with pytest.raises(Stop):
+            search.run(blobs.model, blobs.example)
+            raise Stop  # it may have had too little left to do
+    left[0] = 10**9
+    same(search.run(blobs.model, blobs.example), whole)
+
+
+def test_a_folder_of_another_search_is_refused(searching, blobs, dense_macs, tmp_path):
+    searching(max_macs=0.8 * dense_macs, folder=tmp_path).run(blobs.model, blobs.example)
+    with pytest.raises(ValueError, match="is of another run"):
+        searching(max_macs=0.7 * dense_macs, folder=tmp_path).run(blobs.model, blobs.example)
+
+
+class Known(LatencyTable):
+    """A layer takes in * out / 10 us, packed a third; tables of the search's folder too."""
+
+    def measure(self, wanted, after=None, also=None):
+        for site, pattern, (out, into) in wanted:
+            rows = self.times.setdefault(site.signature, {}).setdefault(pattern, {})
+            factor = 1 if pattern == "dense" else 3
+            rows[out, into] = Times(*[out * into / 10 / factor] * 3)
+        return {name: Times(100.0, 100.0, 100.0) for name in also or {}}
+
+
+def timed(model):
+    return sum(
+        float(m.weight.count_nonzero())
+        / (10 if m.weight.count_nonzero() == m.weight.numel() else 15)
+        for m in model.modules()
+        if isinstance(m, nn.Linear)
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """Times of whole models, `slower` times what layers add up to."""
+
+    def install(slower):
+        def forward_times(models, example_inputs, table):
+            return {n: Times(*[timed(m) * slower] * 3) for n, m in models.items()}
+
+        def layer_times(models, example_inputs, names, table):
+            return {n: {name: Times(*[1.0] * 3) for name in names} for n in models}
+
+        monkeypatch.setattr(search_module, "LatencyTable", Known)
+        monkeypatch.setattr(search_module, "forward_times", forward_times)
+        monkeypatch.setattr(search_module, "layer_times", layer_times)
+        monkeypatch.setattr(profile, "forward_times", forward_times)
+        return Known(path=tmp_path / "table.json", twin=lambda layer: layer)
+
+    return install
+
+
+def test_the_latency_limit_holds_as_measured(searching, blobs, clock):
+    table = clock(1.3)  # the finished model is slower than predicted
+    limit = 0.5 * 1.3 * timed(blobs.model) / 1e3
+    found = searching(max_latency_ms=limit, latency=table).run(blobs.model, blobs.example)
+    assert found.measured.latency_ms <= limit
+    assert found.measured.latency_ms == pytest.approx(1.3 * timed(found.model) / 1e3)
+    finished = [r for r in found.records if r["kind"] == "finished"]
+    assert len(finished) > 1 and finished[0]["costs"]["latency_ms"] > limit
+    assert set(found.times) == {"dense", "finished"}
+
+
+def test_24_is_chosen_only_where_the_packed_layer_wins(searching, blobs, clock):
+    table = clock(1.0)
+    both = (Channels(multiple_of=16), NofM(2, 4))
+    limit = 0.45 * timed(blobs.model) / 1e3
+    chosen = searching(max_latency_ms=limit, latency=table, patterns=both)
+    assert chosen.run(blobs.model, blobs.example).allocation.patterns
+    for patterns in table.times.values():
+        patterns["2:4"] = {width: Times(*[1e6] * 3) for width in patterns["dense"]}
+    found = chosen.run(blobs.model, blobs.example)
+    assert not found.allocation.patterns and found.measured.latency_ms <= limit
+
+
+def test_measured_energy_is_what_the_limit_is_of(searching, blobs):
+    def joules(model):
+        return 2.0 * sum(p.numel() for p in model.parameters())
+
+    limit = 0.5 * joules(blobs.model)
+    found = searching(max_energy_mj=limit, joules=joules).run(blobs.model, blobs.example)
+    assert found.measured.energy_mj == joules(found.model) <= limit
+    assert found.dense.energy_mj == pytest.approx(joules(blobs.model))
+
+
+def test_as_an_amount_it_gives_the_allocation(searching, blobs, dense_macs):
+    search = searching(max_macs=0.5 * dense_macs, short=0, long=0)
+    plan = pruning.plan(
+        blobs.model, blobs.example, pattern=Channels(multiple_of=4),
+        score=pruning.Magnitude(p=2), amount=search,
+    )  # fmt: skip
+    kept = search.run(blobs.model, blobs.example).allocation.channels
+    assert kept and all(plan[name].kept_shape[0] == units for name, units in kept.items())
+
+
+def test_refusals(searching, blobs):
+    with pytest.raises(ValueError, match="method must be one of netadapt, pareto, amc, got 'x'"):
+        searching(max_macs=1, method="x")
+    with pytest.raises(ValueError, match="a search needs a limit"):
+        searching()
+    with pytest.raises(ValueError, match="max_macs must be positive, got -1"):
+        searching(max_macs=-1)
+    with pytest.raises(ValueError, match="max_drop must be 0 or more"):
+        searching(max_drop=-1.0)
+    with pytest.raises(ValueError, match="minimise must be one of macs, params"):
+        searching(max_drop=1.0, minimise="time")
+    with pytest.raises(ValueError, match="steps of finetune=, which is missing"):
+        searching(max_macs=1, finetune=None)
+    with pytest.raises(ValueError, match="energy must be one of"):
+        searching(max_macs=1, energy="x")
+    with pytest.raises(ValueError, match=r"pass it to plan\(amount=\)"):
+        searching(max_macs=1).drops([])
