@@ -33,7 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slimgemm.kernels.build_compile import Build, Report, builds, compile_build
+from slimgemm.kernels.build_compile import PARKED_BYTES, Build, Report, builds, compile_build
 from slimgemm.kernels.configs import SMEM_BYTES
 
 __all__ = ["Build", "Report", "builds", "compile_build", "kernels_command", "run"]
@@ -201,6 +201,13 @@ def kernels_command(
         f"{len({r.arch for r in reports})} of {len(SMEM_BYTES)} architectures: "
         f"{unsound} not sound, {skipped} not supported"
     )
+    parked = sum(report.sound and report.spill_bytes > 0 for report in reports)
+    if parked:
+        console.print(
+            f"{parked} of the sound ones hold up to {PARKED_BYTES} bytes a thread in local memory "
+            "outside loops: ptxas parks a register or two before a loop and fetches them once "
+            "after it, to stay under a register count that lets more programs run at once"
+        )
     if out is not None:
         rows = {"triton": triton.__version__, "reports": [asdict(report) for report in reports]}
         Path(out).write_text(json.dumps(rows, indent=1) + "\n")

@@ -13,7 +13,6 @@ from slimgemm.kernels.configs import Tile
 from slimgemm.kernels.formats import ChannelIndex, Packed24, packed_shapes
 
 ALIGNED, RAGGED = (512, 512, 512), (77, 203, 331)  # M, N, K: 16 divides all of them, or none
-CHANNELS, KERNEL = 128, (3, 3)  # of an image's and a convolution's; padding 1 keeps the pixels
 
 # Architectures on which Triton multiplies without tensor cores: correct, and slow.
 NO_TENSOR_CORES = {"sm_75": "Triton 3.6 to 3.9 emit no Turing mma; tl.dot is multiply-adds"}
@@ -57,11 +56,6 @@ def kept(kind: str, width: int) -> ChannelIndex | None:
     return ChannelIndex(index, width)
 
 
-def image(pixels: int, dtype: torch.dtype, channels: int = CHANNELS) -> Tensor:
-    """channels_last [1, channels, 4, pixels / 4]."""
-    return operand(1, 4, pixels // 4, channels, dtype=dtype).permute(0, 3, 1, 2)
-
-
-def without_tensor_cores(arch: str, tile: Callable[[], Tile]) -> Tile | None:
-    """`tile()` where tl.dot is multiply-adds, which a launcher sees on the GPU; else None."""
-    return tile() if arch in NO_TENSOR_CORES else None
+def image(channels: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """channels_last [1, channels, *size]."""
+    return operand(1, *size, channels, dtype=dtype).permute(0, 3, 1, 2)

@@ -42,6 +42,11 @@ class ChannelLayout(NamedTuple):
     run: int = RANGE
 
 
+def every_channel(width: int) -> ChannelLayout:
+    """The layout that keeps all of `width` channels."""
+    return ChannelLayout(None, width, width)
+
+
 # Of each index seen, while it lives: (version of the tensor, width, groups) and (start, run).
 _SEEN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -89,7 +94,7 @@ def channel_layout(
             groups keep different numbers of channels.
     """
     if index is None:
-        return ChannelLayout(None, width, width)
+        return every_channel(width)
     if isinstance(index, ChannelLayout):
         return index
     tensor = index.index

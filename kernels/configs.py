@@ -1,4 +1,4 @@
-"""Tiles. Which rows are legal is said once, in `fits`.
+"""Tiles of the portable kernels; `slimgemm kernels` builds every one for every architecture.
 
 Every row here was chosen so that it fits shared memory and registers of each architecture;
 none has been tuned on a GPU yet. `slimgemm tune` and the recorded files in benchmarks/results
@@ -30,29 +30,99 @@ SMEM_BYTES = {
 PACK_24_TILE = (8, 32)  # rows, bytes of meta: 2048 weights a program
 UNPACK_24_TILE = (8, 256)  # rows, dense columns
 
-# Rows of x -> tile; the first row whose `m` holds all rows is taken, else the last.
-SPMM_24_TILES = (Tile(16, 64, 64), Tile(32, 64, 64), Tile(64, 64, 64), Tile(128, 64, 32, 8))
-SPMM_24_WGRAD_TILE = Tile(32, 64, 64)
-# Without tensor cores a thread holds whole rows of both operands, and the tiles above spill (up to
-# 6904 bytes a thread on sm_80 in fp32).
+# Rows of x or dy -> tile, see `tile_for`. What a launcher owns and what it walks differs by op; its
+# docstring says which.
+SPMM_24_TILES = (
+    Tile(16, 64, 64),
+    Tile(32, 64, 64),
+    Tile(64, 64, 64, 8),
+    Tile(128, 64, 32, 8),
+)
+CONV_24_TILES = (Tile(16, 32, 64), Tile(64, 64, 32), Tile(128, 64, 32, 8))
+# For at most 16 columns, where a wider tile would multiply columns that do not exist.
+CONV_24_NARROW_TILES = (Tile(16, 16, 64), Tile(128, 16, 32))
+GEMM_CHANNELS_TILES = (
+    Tile(16, 64, 128, 4, 4),
+    Tile(32, 64, 128, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(128, 128, 32, 8, 4),
+)
+CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4))
+
+# Weight gradients walk m, and own n x k.
+SPMM_24_WGRAD_TILE = Tile(32, 64, 64, 8)
+CONV_24_WGRAD_TILE = Tile(32, 64, 64, 8)
+CONV_24_NARROW_WGRAD_TILE = Tile(64, 16, 64)
+GEMM_CHANNELS_WGRAD_TILE = Tile(32, 64, 64, 8)
+CONV_CHANNELS_WGRAD_TILE = Tile(32, 64, 64, 8)
+
+# Without tensor cores a thread holds whole rows of both operands, unrolled over k: the tiles above
+# spill (up to 6904 bytes a thread on sm_80 in fp32).
 SPMM_24_SCALAR_TILES = (Tile(16, 64, 32, 8), Tile(32, 32, 16))
+CONV_24_SCALAR_TILES = (Tile(32, 32, 16),)
+CONV_24_NARROW_SCALAR_TILES = (Tile(64, 16, 16),)
+CHANNELS_SCALAR_TILES = (Tile(16, 64, 16, 8), Tile(32, 64, 16, 8), Tile(64, 64, 16, 8))
 SPMM_24_WGRAD_SCALAR_TILE = Tile(16, 64, 32, 8)
+CHANNELS_WGRAD_SCALAR_TILE = Tile(16, 64, 64, 8)
+
+# Groups of a convolution with at most this many in and out channels are multiplied one by one:
+# the narrowest tile of tensor cores is 16 wide, and would be at most half full.
+FEW_CHANNELS = 8
+FEW_TILE_ELEMENTS, FEW_TILE_CHANNELS = 1024, 64  # of an output tile; its most channels
 
 
-def fits(tile: Tile, itemsize: int, smem_bytes: int) -> bool:
-    """True if a ring of `stages` x tiles, and the decoded weight tile, fit in shared memory.
+def few_channels(*channels: int) -> bool:
+    """True where groups of `channels` in and out channels are multiplied one by one."""
+    return max(channels) <= FEW_CHANNELS
 
-    Values and metadata go through registers; x [m, k] and dense w [n, k] are what `tl.dot` reads
-    from shared memory, and the accumulator may pass through it once at the end.
+
+def tile_for(tiles: tuple[Tile, ...], rows: int, itemsize: int = 2) -> Tile:
+    """The first of `tiles` whose `m` holds all `rows`, else the last; for tensor cores.
+
+    Operands of 4 bytes get half of `k`: a thread's part of a deeper step does not fit its
+    registers (up to 552 bytes spilled in tf32).
     """
-    ring = tile.stages * tile.m * tile.k * itemsize
-    return ring + tile.n * tile.k * itemsize <= smem_bytes and tile.m * tile.n * 4 <= smem_bytes
+    tile = next((t for t in tiles if rows <= t.m), tiles[-1])
+    return tile if itemsize < 4 else tile._replace(k=tile.k // 2)
 
 
-def spmm_tile(m: int, scalar: bool) -> Tile:
-    """The tile for `m` rows of x; `scalar` where there are no tensor cores for them."""
-    tiles = SPMM_24_SCALAR_TILES if scalar else SPMM_24_TILES
-    return next((t for t in tiles if m <= t.m), tiles[-1])
+def spmm_tile(rows: int, itemsize: int, scalar: bool) -> Tile:
+    """The tile for `rows` rows of x; `scalar` where there are no tensor cores for them."""
+    if scalar:
+        return tile_for(SPMM_24_SCALAR_TILES, rows)
+    return tile_for(SPMM_24_TILES, rows, itemsize)
+
+
+def conv_tile(pixels: int, columns: int, itemsize: int, scalar: bool) -> Tile:
+    """The tile of conv2d_24 for `pixels` rows and `columns` out channels of a group."""
+    narrow = columns <= 16
+    if scalar:
+        return tile_for(CONV_24_NARROW_SCALAR_TILES if narrow else CONV_24_SCALAR_TILES, pixels)
+    return tile_for(CONV_24_NARROW_TILES if narrow else CONV_24_TILES, pixels, itemsize)
+
+
+def conv_wgrad_tile(columns: int, scalar: bool) -> Tile:
+    """The tile of conv2d_24_wgrad for `columns` out channels of a group."""
+    narrow = columns <= 16
+    if scalar:
+        return (CONV_24_NARROW_SCALAR_TILES if narrow else CONV_24_SCALAR_TILES)[0]
+    return CONV_24_NARROW_WGRAD_TILE if narrow else CONV_24_WGRAD_TILE
+
+
+def channels_tile(
+    tiles: tuple[Tile, ...], rows: int, itemsize: int, scalar: bool, ragged: bool = False
+) -> Tile:
+    """The tile of gemm_channels and conv2d_channels, one of `tiles` where there are tensor cores.
+
+    `ragged` where 16 does not divide the channels or they are no runs: each element of the output
+    then needs an address. Such a last tile spills, and so does one of 4-byte operands, unless it
+    has half of its columns.
+    """
+    if scalar:
+        return tile_for(CHANNELS_SCALAR_TILES, rows)
+    tile = tile_for(tiles, rows, itemsize)
+    half = (ragged or itemsize == 4) and tile.m == tiles[-1].m
+    return tile._replace(n=tile.n // 2) if half else tile
 
 
 def split_count(programs: int, steps: int, multiprocessors: int, limit: int = 16) -> int:

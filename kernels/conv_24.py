@@ -21,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.channel_layout import every_channel
+from slimgemm.kernels.configs import Tile, conv_tile, few_channels, split_count
+from slimgemm.kernels.conv_few import FewWeight, multiply_few
 from slimgemm.kernels.conv_layout import (
     Convolution,
     Padding,
@@ -30,6 +32,7 @@ from slimgemm.kernels.conv_layout import (
     convolution,
     memory_format,
 )
+from slimgemm.kernels.conv_taps import index_type, pixel_of, tap_constants
 from slimgemm.kernels.device import (
     check_operand,
     conv_precision,
@@ -41,32 +44,6 @@ from slimgemm.kernels.device import (
 )
 from slimgemm.kernels.formats import Packed24
 from slimgemm.kernels.spmm_24 import check_epilogue, finish
-
-# Pixels -> tile, the first whose `m` holds all, else the last; and for groups of at most 16 out
-# channels, where a wider tile would multiply columns that do not exist.
-CONV_24_TILES = (Tile(16, 32, 64), Tile(64, 64, 32), Tile(128, 64, 32, 8))
-CONV_24_NARROW_TILES = (Tile(16, 16, 64), Tile(128, 16, 32))
-# Without tensor cores a thread holds whole rows of both operands: wider tiles spill (688 bytes for
-# fp32 in 16 x 64 x 64 on sm_90).
-CONV_24_SCALAR_TILE = Tile(32, 32, 16)
-CONV_24_NARROW_SCALAR_TILE = Tile(64, 16, 16)
-
-
-def conv_tile(pixels: int, columns: int, scalar: bool) -> Tile:
-    """The tile for `pixels` rows and `columns` out channels; `scalar` as multiply_adds."""
-    narrow = columns <= 16
-    if scalar:
-        return CONV_24_NARROW_SCALAR_TILE if narrow else CONV_24_SCALAR_TILE
-    tiles = CONV_24_NARROW_TILES if narrow else CONV_24_TILES
-    return next((t for t in tiles if pixels <= t.m), tiles[-1])
-
-
-@triton.jit
-def pixel_of(offs, height, width):
-    """(image int64, row, column) of pixels numbered row by row, image by image."""
-    lines = offs // width
-    row, column = lines % height, offs % width
-    return (lines // height).to(tl.int64), row.to(tl.int32), column.to(tl.int32)
 
 
 @triton.jit
@@ -202,11 +179,6 @@ def add_images(
     return images
 
 
-def index_type(pixels: int, block: int) -> tl.dtype:
-    """The integer that numbers `pixels` pixels in tiles of `block`."""
-    return tl.int32 if pixels + block < 2**31 else tl.int64
-
-
 def check_conv_operand(name: str, x: Tensor, channels: int, w: Packed24, conv: Convolution) -> None:
     """Raise ValueError unless images `x` with `channels` channels can meet `w` in one kernel."""
     check_weight(w, conv)
@@ -229,7 +201,8 @@ def conv2d_24(
         bias: [O], fp16, bf16 or fp32.
         padding: an integer, (height, width), (top, bottom, left, right), "same" or "valid".
         act: none, relu, gelu, gelu_tanh, silu or relu2 (relu squared).
-        tile, split: tile and number of parts of the sum; chosen here unless given.
+        tile, split: tile and number of parts of the sum; chosen here unless given. Groups of few
+            channels have neither (conv_few.py), unless one is given.
     Returns:
         [B, O, OH, OW], dtype of `x`; channels_last if `x` is, else contiguous. Accumulated in fp32;
         tf32 only where torch.backends allows it.
@@ -243,12 +216,20 @@ def conv2d_24(
     check_epilogue(conv.out, x, bias, None, act)
     size = conv.output_size(*x.shape[2:])
     pixels, n = x.shape[0] * size[0] * size[1], conv.out // groups
-    tile = tile or conv_tile(pixels, n, multiply_adds(x.dtype, conv_precision(x.dtype), x.device))
+    few = tile is None and split in (None, 1) and few_channels(n, conv.channels)
+    precision = conv_precision(x.dtype)
+    tile = tile or conv_tile(pixels, n, x.itemsize, multiply_adds(x.dtype, precision))
     programs = triton.cdiv(pixels, tile.m) * triton.cdiv(n, tile.n) * groups
     steps = triton.cdiv(conv.k, tile.k)
-    split = split or split_count(programs, steps, multiprocessors(x.device))
+    split = 1 if few else split or split_count(programs, steps, multiprocessors(x.device))
     y, target, strides = new_images(x, conv.out, size, split)
     if y.numel() == 0:
+        return y
+    if few:
+        weight = FewWeight(w.values, w.meta, keep=w.keep, group=w.group)
+        constants = tap_constants(conv.stride, conv.corner, conv.dilation, forward=True)
+        channels = every_channel(x.shape[1]), every_channel(conv.out)
+        multiply_few(x, weight, y, *channels, conv.kernel, constants, groups, bias, act)
         return y
     _conv2d_24_kernel[(programs, split)](
         x, w.values, w.meta, bias, target,
@@ -257,7 +238,7 @@ def conv2d_24(
         *conv.stride, conv.padding[0], conv.padding[2], *conv.dilation,
         *x.stride(), *strides, triton.cdiv(steps, split),
         KEEP=w.keep, GROUP=w.group, ACT=act, HAS_BIAS=bias is not None, PARTIAL=split > 1,
-        PRECISION=conv_precision(x.dtype),
+        PRECISION=precision,
         WHOLE_TAPS=conv.padded_channels % tile.k == 0, INDEX=index_type(pixels, tile.m),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -20,17 +20,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.channel_layout import every_channel
+from slimgemm.kernels.configs import (
+    Tile,
+    conv_tile,
+    conv_wgrad_tile,
+    few_channels,
+    split_count,
+)
 from slimgemm.kernels.conv_24 import (
     add_images,
     check_conv_operand,
-    conv_tile,
-    index_type,
     load_patches,
     new_images,
-    pixel_of,
 )
+from slimgemm.kernels.conv_few import FewWeight, few_wgrad, multiply_few
 from slimgemm.kernels.conv_layout import Padding, check_output_gradient, convolution
+from slimgemm.kernels.conv_taps import (
+    index_type,
+    period_and_inverse,
+    pixel_of,
+    reaching_taps,
+    tap_constants,
+)
 from slimgemm.kernels.device import (
     conv_precision,
     dot,
@@ -42,25 +54,6 @@ from slimgemm.kernels.device import (
 )
 from slimgemm.kernels.formats import Packed24
 from slimgemm.kernels.spmm_24 import add_parts
-
-# m: pixels that a step walks; n: out channels; k: columns of the packed matrix.
-CONV_24_WGRAD_TILE = Tile(32, 64, 64)
-CONV_24_NARROW_WGRAD_TILE = Tile(64, 16, 64)
-
-
-def conv_wgrad_tile(columns: int, scalar: bool) -> Tile:
-    """The tile for `columns` out channels of a group; `scalar` as multiply_adds."""
-    if scalar:
-        return conv_tile(1, columns, scalar)
-    return CONV_24_NARROW_WGRAD_TILE if columns <= 16 else CONV_24_WGRAD_TILE
-
-
-@triton.jit
-def reaching_taps(offset, taps, stride, dilation, period, inverse):
-    """(first, count) of the taps t, `period` apart, where stride divides offset - t * dilation."""
-    divisor = stride // period  # the greatest common divisor of stride and dilation
-    first = tl.where(offset % divisor == 0, offset // divisor * inverse % period, taps)
-    return first, (taps - first + period - 1) // period
 
 
 @triton.jit
@@ -184,13 +177,6 @@ def _conv2d_24_wgrad_kernel(
     )  # fmt: skip
 
 
-def period_and_inverse(stride: int, dilation: int) -> tuple[int, int]:
-    """Taps that reach one pixel lie `period` apart; `inverse` solves for the first of them."""
-    divisor = math.gcd(stride, dilation)
-    period = stride // divisor
-    return period, pow(dilation // divisor, -1, period)
-
-
 def conv2d_24_dgrad(
     dy: Tensor, w: Packed24, weight_shape: Sequence[int], input_shape: Sequence[int],
     stride: int | Sequence[int] = 1, padding: Padding = 0, dilation: int | Sequence[int] = 1,
@@ -219,9 +205,9 @@ def conv2d_24_dgrad(
     classes = [min(s, size) for s, size in zip(conv.stride, (height, width), strict=True)]
     pixels = batch * triton.cdiv(height, conv.stride[0]) * triton.cdiv(width, conv.stride[1])
     n = conv.out // groups
-    tile = tile or conv_tile(
-        pixels, conv.channels, multiply_adds(dy.dtype, conv_precision(dy.dtype), dy.device)
-    )
+    few = tile is None and split in (None, 1) and few_channels(n, conv.channels)
+    precision = conv_precision(dy.dtype)
+    tile = tile or conv_tile(pixels, conv.channels, dy.itemsize, multiply_adds(dy.dtype, precision))
     tiles_m = triton.cdiv(pixels, tile.m)
     programs = tiles_m * triton.cdiv(conv.channels, tile.n) * groups * classes[0] * classes[1]
     reach = [
@@ -229,9 +215,15 @@ def conv2d_24_dgrad(
         for s, d, k in zip(conv.stride, conv.dilation, conv.kernel, strict=True)
     ]
     steps = math.prod(triton.cdiv(k, period) for period, _, k in reach) * triton.cdiv(n, tile.k)
-    split = split or split_count(programs, steps, multiprocessors(dy.device))
+    split = 1 if few else split or split_count(programs, steps, multiprocessors(dy.device))
     dx, target, strides = new_images(dy, conv.channels * groups, (height, width), split)
     if dx.numel() == 0:
+        return dx
+    if few:
+        weight = FewWeight(w.values, w.meta, keep=w.keep, group=w.group, turned=True)
+        constants = tap_constants(conv.stride, conv.corner, conv.dilation, forward=False)
+        channels = every_channel(conv.out), every_channel(dx.shape[1])
+        multiply_few(dy, weight, dx, *channels, conv.kernel, constants, groups)
         return dx
     _conv2d_24_dgrad_kernel[(programs, split)](
         dy, w.values, w.meta, target,
@@ -240,7 +232,7 @@ def conv2d_24_dgrad(
         *conv.stride, conv.padding[0], conv.padding[2], *conv.dilation,
         reach[0][0], reach[1][0], reach[0][1], reach[1][1],
         *dy.stride(), *strides,
-        KEEP=w.keep, GROUP=w.group, PRECISION=conv_precision(dy.dtype),
+        KEEP=w.keep, GROUP=w.group, PRECISION=precision,
         INDEX=index_type(pixels, tile.m),
         # The forward's sum runs over the tile's k; this one runs over N.
         BLOCK_M=tile.m, BLOCK_N=tile.k, BLOCK_K=tile.n,
@@ -274,9 +266,15 @@ def conv2d_24_wgrad(
     check_conv_operand("dy", dy, conv.out, w, conv)
     check_conv_operand("x", x, conv.channels * groups, w, conv)
     check_output_gradient(dy, x.shape, conv)
+    if tile is None and few_channels(conv.out // groups, conv.channels):
+        channels = every_channel(x.shape[1]), every_channel(conv.out)
+        dvalues = torch.empty_like(w.values)
+        geometry = conv.kernel, conv.stride, conv.corner, conv.dilation, groups
+        return few_wgrad(dy, x, dvalues, *channels, *geometry, w, split)
     size = dy.shape[2:]
     pixels, n = dy.shape[0] * size[0] * size[1], conv.out // groups
-    tile = tile or conv_wgrad_tile(n, multiply_adds(dy.dtype, conv_precision(dy.dtype), dy.device))
+    precision = conv_precision(dy.dtype)
+    tile = tile or conv_wgrad_tile(n, multiply_adds(dy.dtype, precision))
     programs = triton.cdiv(n, tile.n) * triton.cdiv(conv.k, tile.k) * groups
     steps = triton.cdiv(pixels, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
@@ -288,7 +286,7 @@ def conv2d_24_wgrad(
         conv.channels, conv.padded_channels, *size, conv.kernel[1],
         *conv.stride, conv.padding[0], conv.padding[2], *conv.dilation,
         *dy.stride(), *x.stride(), dvalues.numel(), triton.cdiv(steps, split),
-        KEEP=w.keep, GROUP=w.group, PRECISION=conv_precision(dy.dtype),
+        KEEP=w.keep, GROUP=w.group, PRECISION=precision,
         WHOLE_TAPS=conv.padded_channels % tile.k == 0, INDEX=index_type(pixels, tile.m),
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
         num_warps=tile.warps, num_stages=tile.stages,

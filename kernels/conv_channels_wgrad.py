@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import ChannelLayout
-from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.configs import (
+    CHANNELS_WGRAD_SCALAR_TILE,
+    CONV_CHANNELS_WGRAD_TILE,
+    Tile,
+    few_channels,
+    split_count,
+)
+from slimgemm.kernels.conv_few import few_wgrad
 from slimgemm.kernels.device import (
     check_operand,
     conv_precision,
@@ -24,9 +31,6 @@ from slimgemm.kernels.formats import ChannelIndex
 from slimgemm.kernels.gemm_channels import kept_channels
 from slimgemm.kernels.reference_channels import check_conv_wgrad, conv_geometry
 from slimgemm.kernels.spmm_24 import add_parts
-
-# With tensor cores, and with multiply-adds. Not tuned on a GPU.
-CONV_CHANNELS_WGRAD_TILES = (Tile(32, 64, 64, 8, 3), Tile(16, 64, 64, 8, 3))
 
 
 @triton.jit
@@ -130,16 +134,19 @@ def conv2d_channels_wgrad(
     dw = dy.new_empty(outs.kept, k, *kernel)
     if dw.numel() == 0:
         return dw
+    (stride_h, stride_w), (top, _, left, _), (dilation_h, dilation_w), _ = geometry
+    if tile is None and few_channels(n, k):
+        options = geometry.stride, (top, left), geometry.dilation, groups
+        return few_wgrad(dy, x, dw, ins, outs, kernel, *options, None, split)
     pixels = dy.shape[2] * dy.shape[3]
     m = dy.shape[0] * pixels
     precision = conv_precision(dy.dtype)
-    slow = multiply_adds(dy.dtype, precision, dy.device)
-    tile = tile or CONV_CHANNELS_WGRAD_TILES[slow]
+    scalar = multiply_adds(dy.dtype, precision)
+    tile = tile or (CHANNELS_WGRAD_SCALAR_TILE if scalar else CONV_CHANNELS_WGRAD_TILE)
     programs = groups * triton.cdiv(n, tile.n) * triton.cdiv(k * taps, tile.k)
     steps = triton.cdiv(m, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))
     out = dw if split == 1 else dy.new_empty(split, outs.kept, k * taps, dtype=torch.float32)
-    (stride_h, stride_w), (top, _, left, _), (dilation_h, dilation_w), _ = geometry
     _conv_channels_wgrad_kernel[(programs, split)](
         dy, x, out, outs.index, ins.index,
         m, n, k, groups, x.shape[2], x.shape[3], pixels, dy.shape[3], outs.start, ins.start,

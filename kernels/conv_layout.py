@@ -51,6 +51,11 @@ class Convolution(NamedTuple):
         return padded_channels(self.channels)
 
     @property
+    def corner(self) -> tuple[int, int]:
+        """Padding above and to the left."""
+        return self.padding[0], self.padding[2]
+
+    @property
     def k(self) -> int:
         """Columns of the packed matrix."""
         return self.kernel[0] * self.kernel[1] * self.padded_channels

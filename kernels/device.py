@@ -170,11 +170,14 @@ def conv_precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
-def multiply_adds(dtype: torch.dtype, precision: str, device: torch.device) -> bool:
-    """True where tl.dot has no tensor cores: fp32 in full precision, and Turing (Triton <= 3.9)."""
+def multiply_adds(dtype: torch.dtype, precision: str) -> bool:
+    """True where tl.dot has no tensor cores: fp32 in full precision, and Turing (Triton <= 3.9).
+
+    Launchers run on the device of their tensors, so Triton's current target is asked.
+    """
     if dtype == torch.float32 and precision == "ieee":
         return True
-    if device.type != "cuda":
+    if INTERPRETED.value:
         return False
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch < 80

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import RAGGED, ChannelLayout
-from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.configs import GEMM_CHANNELS_TILES, Tile, channels_tile, split_count
 from slimgemm.kernels.device import (
     as_rows,
     check_operand,
@@ -31,15 +31,6 @@ from slimgemm.kernels.device import (
 from slimgemm.kernels.formats import ChannelIndex
 from slimgemm.kernels.reference_channels import check_bias_act, check_gemm
 from slimgemm.kernels.spmm_24 import finish
-
-# Rows of x -> tile; the first row whose `m` holds all rows is taken, else the last. Chosen so that
-# nothing spills, not tuned on a GPU.
-GEMM_CHANNELS_TILES = (
-    Tile(16, 64, 128, 4, 4),
-    Tile(32, 64, 128, 4, 4),
-    Tile(64, 64, 64, 4, 4),
-    Tile(128, 128, 32, 8, 4),
-)
 
 
 @triton.jit
@@ -159,22 +150,6 @@ def add_channel_parts(
     )  # fmt: skip
 
 
-def channels_tile(
-    tiles: tuple[Tile, ...], m: int, x: Tensor, precision: str, ragged: bool = False
-) -> Tile:
-    """The row of `tiles` for `m` rows of `x`; what must be smaller to stay in registers is.
-
-    An address for each element of a ragged tile of 128 x 128 spills, and so do the operands of
-    multiply-adds, which are unrolled over `k`.
-    """
-    tile = next((t for t in tiles if m <= t.m), tiles[-1])
-    if multiply_adds(x.dtype, precision, x.device):
-        return Tile(min(tile.m, 64), 64, 16, 8, 3)
-    if x.dtype == torch.float32:
-        tile = tile._replace(k=tile.k // 2)
-    return tile._replace(n=min(tile.n, 64)) if ragged else tile
-
-
 def gemm_channels(
     x: Tensor,
     w: Tensor,
@@ -214,8 +189,9 @@ def gemm_channels(
         return y
     bias = None if bias is None else bias.contiguous()
     precision = matmul_precision(x.dtype)
-    ragged = RAGGED in (ins.run, outs.run)
-    tile = tile or channels_tile(GEMM_CHANNELS_TILES, rows.count, x, precision, ragged)
+    ragged = RAGGED in (ins.run, outs.run) or n % 16 > 0 or k % 16 > 0
+    scalar = multiply_adds(x.dtype, precision)
+    tile = tile or channels_tile(GEMM_CHANNELS_TILES, rows.count, x.itemsize, scalar, ragged)
     programs = triton.cdiv(rows.count, tile.m) * triton.cdiv(n, tile.n)
     steps = triton.cdiv(k, tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))

@@ -12,7 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import ChannelLayout
-from slimgemm.kernels.configs import Tile, split_count
+from slimgemm.kernels.configs import (
+    CHANNELS_WGRAD_SCALAR_TILE,
+    GEMM_CHANNELS_WGRAD_TILE,
+    Tile,
+    split_count,
+)
 from slimgemm.kernels.device import (
     as_rows,
     check_operand,
@@ -26,9 +31,6 @@ from slimgemm.kernels.formats import ChannelIndex
 from slimgemm.kernels.gemm_channels import kept_channels
 from slimgemm.kernels.reference_channels import check_gemm_wgrad
 from slimgemm.kernels.spmm_24 import add_parts
-
-# With tensor cores, and with multiply-adds. Not tuned on a GPU.
-GEMM_CHANNELS_WGRAD_TILES = (Tile(32, 64, 64, 4, 3), Tile(16, 64, 64, 8, 3))
 
 
 @triton.jit
@@ -99,8 +101,8 @@ def gemm_channels_wgrad(
         return dw
     rows_y, rows_x = as_rows(dy), as_rows(x)
     precision = matmul_precision(dy.dtype)
-    slow = multiply_adds(dy.dtype, precision, dy.device)
-    tile = tile or GEMM_CHANNELS_WGRAD_TILES[slow]
+    scalar = multiply_adds(dy.dtype, precision)
+    tile = tile or (CHANNELS_WGRAD_SCALAR_TILE if scalar else GEMM_CHANNELS_WGRAD_TILE)
     programs = triton.cdiv(n, tile.n) * triton.cdiv(k, tile.k)
     steps = triton.cdiv(rows_y.count, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))

@@ -175,7 +175,7 @@ def spmm_24(
     if y.numel() == 0:
         return y
     precision = matmul_precision(x.dtype)
-    tile = tile or spmm_tile(rows.count, multiply_adds(x.dtype, precision, x.device))
+    tile = tile or spmm_tile(rows.count, x.itemsize, multiply_adds(x.dtype, precision))
     # Not triton.cdiv, which costs the host microseconds a call.
     programs, steps = -(-rows.count // tile.m) * -(-n // tile.n), -(-k // tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))

@@ -79,15 +79,15 @@ def spmm_24_dgrad(dy: Tensor, w: Packed24, *, tile: Tile | None = None) -> Tenso
     if dx.numel() == 0:
         return dx
     precision = matmul_precision(dy.dtype)
-    tile = tile or spmm_tile(rows.count, multiply_adds(dy.dtype, precision, dy.device))
-    # The tile's n is walked and its k is owned: the roles of the forward, exchanged.
-    grid = (triton.cdiv(rows.count, tile.m) * triton.cdiv(k, tile.k),)
+    tile = tile or spmm_tile(rows.count, dy.itemsize, multiply_adds(dy.dtype, precision))
+    grid = (triton.cdiv(rows.count, tile.m) * triton.cdiv(k, tile.n),)
     _spmm_24_dgrad_kernel[grid](
         rows.tensor, w.values, w.meta, dx,
         rows.count, n, k, w.meta.shape[1], rows.inner,
         rows.stride_outer, rows.stride_inner, rows.stride_column,
         KEEP=w.keep, GROUP=w.group, PRECISION=precision,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
+        # The forward's sum runs over the tile's k; this one runs over N.
+        BLOCK_M=tile.m, BLOCK_N=tile.k, BLOCK_K=tile.n,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dx

@@ -103,7 +103,7 @@ def spmm_24_wgrad(
     if dvalues.numel() == 0:
         return dvalues
     precision = matmul_precision(dy.dtype)
-    scalar = multiply_adds(dy.dtype, precision, dy.device)
+    scalar = multiply_adds(dy.dtype, precision)
     tile = tile or (SPMM_24_WGRAD_SCALAR_TILE if scalar else SPMM_24_WGRAD_TILE)
     programs = triton.cdiv(n, tile.n) * triton.cdiv(k, tile.k)
     steps = triton.cdiv(rows_y.count, tile.m)

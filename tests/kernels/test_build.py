@@ -7,6 +7,7 @@ the whole matrix is `slimgemm kernels`.
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,11 +20,28 @@ from slimgemm.kernels.build_operands import NO_TENSOR_CORES
 from slimgemm.kernels.configs import SMEM_BYTES
 
 PRODUCTS = [name for name, op in OPS.items() if op.product]
-# The largest tile is the one that runs out of registers first.
+# A pair of cases of each op; the last case of a convolution is one of few channels.
 QUICK = {
     "sm_80": {"fp16": 0, "fp32": -1},  # dtype -> which of the op's cases
     "sm_90": {"bf16": 2, "tf32": 0},
 }
+
+# What runs out of registers first, on the architectures where it does: ragged sizes, 4-byte
+# operands, and for AMD a tile of few rows. Wider or deeper tiles of these spill.
+TIGHT = [
+    Build("spmm_24", "32x64x32 w4 s3 ragged", "tf32", "sm_90"),
+    Build("spmm_24", "64x64x32 w8 s3 ragged", "tf32", "sm_120"),
+    Build("spmm_24_dgrad", "64x64x32 w8 s3 ragged", "tf32", "sm_120"),
+    Build("spmm_24_dgrad", "64x64x64 w8 s3 ragged", "fp16", "sm_120"),
+    Build("spmm_24_dgrad", "64x64x64 w8 s3 ragged", "fp16", "sm_100"),
+    Build("spmm_24_dgrad", "128x64x16 w8 s3 ragged", "tf32", "gfx942"),
+    Build("spmm_24_dgrad", "32x64x64 w4 s3", "fp16", "gfx950"),
+    Build("spmm_24_wgrad", "ragged", "tf32", "sm_100"),
+    Build("spmm_24_wgrad", "ragged", "fp16", "sm_120"),
+    Build("conv2d_channels", "m 127 ragged", "fp16", "sm_90"),
+    Build("conv2d_channels", "m 127 odd", "tf32", "sm_100"),
+    Build("conv2d_channels_dgrad", "m 128", "tf32", "sm_100"),
+]
 
 
 def check(reports):
@@ -37,7 +55,7 @@ def check(reports):
         assert 0 <= report.smem_bytes <= SMEM_BYTES[report.arch], report
         # Sums of parts and full fp32 on CUDA are multiply-adds, and so is all of Turing.
         scalar = report.dtype == "fp32" and report.arch.startswith("sm_")
-        main = OPS[report.op].product and "_add_" not in report.kernel
+        main = OPS[report.op].product and not re.search("_(add|few)_", report.kernel)
         if main and not scalar and report.arch not in NO_TENSOR_CORES:
             assert report.tensor_core, report
         else:
@@ -66,6 +84,19 @@ def test_every_op_is_built_for_both_main_architectures(quick):
     wanted = {(op, arch) for op in OPS for arch in OPS[op].archs or QUICK if arch in QUICK}
     assert wanted <= built
     assert {r.arch for r in quick} == set(SMEM_BYTES)
+
+
+def test_what_runs_out_of_registers_first_does_not_spill():
+    assert set(TIGHT) <= set(builds()), "a shipped configuration has another name"
+    reports = run(TIGHT, jobs=2)
+    check(reports)
+    assert all(r.spill_bytes == 0 for r in reports)
+
+
+def test_groups_of_few_channels_are_built_without_tensor_cores(quick):
+    few = [r for r in quick if "_few_" in r.kernel]
+    assert {r.op for r in few} == {name for name in OPS if name.startswith("conv2d_")}
+    assert not any(r.tensor_core or r.spill_bytes for r in few)
 
 
 @pytest.mark.parametrize(

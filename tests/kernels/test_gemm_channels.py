@@ -12,9 +12,9 @@ from slimgemm.kernels.channel_layout import (
     ChannelLayout,
     channel_layout,
 )
-from slimgemm.kernels.configs import Tile
+from slimgemm.kernels.configs import GEMM_CHANNELS_TILES, Tile, channels_tile
 from slimgemm.kernels.formats import ChannelIndex, channel_index
-from slimgemm.kernels.gemm_channels import GEMM_CHANNELS_TILES, channels_tile, gemm_channels
+from slimgemm.kernels.gemm_channels import gemm_channels
 from slimgemm.kernels.gemm_channels_wgrad import gemm_channels_wgrad
 from slimgemm.kernels.reference import ACTIVATIONS, activate
 from slimgemm.kernels.reference_channels import gemm_channels_ref, gemm_channels_wgrad_ref
@@ -278,12 +278,15 @@ def test_runs_repeat_bit_for_bit_with_shipped_tiles(device):
 
 
 def test_tiles_by_rows_and_precision():
-    half, single = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
-    assert channels_tile(GEMM_CHANNELS_TILES, 16, half, "ieee") == GEMM_CHANNELS_TILES[0]
-    assert channels_tile(GEMM_CHANNELS_TILES, 9999, half, "ieee") == GEMM_CHANNELS_TILES[-1]
-    assert channels_tile(GEMM_CHANNELS_TILES, 9999, half, "ieee", True).n == 64
-    assert channels_tile(GEMM_CHANNELS_TILES, 9999, single, "tf32").k == 16
-    assert channels_tile(GEMM_CHANNELS_TILES, 9999, single, "ieee") == Tile(64, 64, 16, 8, 3)
+    def tile(rows, itemsize, scalar=False, ragged=False):
+        return channels_tile(GEMM_CHANNELS_TILES, rows, itemsize, scalar, ragged)
+
+    last = GEMM_CHANNELS_TILES[-1]
+    assert tile(16, 2) == tile(1, 2) == GEMM_CHANNELS_TILES[0] and tile(9999, 2) == last
+    assert tile(9999, 2, ragged=True) == last._replace(n=last.n // 2)
+    assert tile(16, 2, ragged=True) == GEMM_CHANNELS_TILES[0]
+    assert tile(9999, 4) == last._replace(n=last.n // 2, k=last.k // 2)
+    assert tile(9999, 4, scalar=True) == Tile(64, 64, 16, 8)
 
 
 def call(run, **changed):
