@@ -43,6 +43,10 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(help="The table. Default: where dispatch looks for it.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Each implementation's own tile alone: a first table sooner."),
+    ] = False,
     device: Annotated[int, typer.Option(min=0, help="Number of the CUDA device.")] = 0,
 ) -> None:
     """Check and time every implementation of the 2:4 product on this GPU, and remember the fastest.
@@ -64,7 +68,7 @@ def tune(
     # So that the candidate that runs just then is not taken for one that hangs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        measure(work, torch.device("cuda", device), out, minutes, Console(width=100))
+        measure(work, torch.device("cuda", device), out, minutes, quick, Console(width=100))
     except (ValueError, RuntimeError) as error:
         fail(str(error))
 
@@ -140,7 +144,12 @@ def complaints(rows: Sequence[Row]) -> list[str]:
 
 
 def measure(
-    work: Sequence[Job], device: torch.device, out: Path | None, minutes: float, console: Console
+    work: Sequence[Job],
+    device: torch.device,
+    out: Path | None,
+    minutes: float,
+    quick: bool,
+    console: Console,
 ) -> None:
     """Measure `work` on `device` into a table, with progress, and say what came of it.
 
@@ -167,10 +176,9 @@ def measure(
         os._exit(HUNG)  # nothing else ends a process that waits for the GPU
 
     table = tuning.resumed(path, head)
-    finished = {row.shape for row in table.rows}
-    left = [job for job in work if job.shape not in finished]
     rows, missing = [], 0
-    tuner = tuning.gpu_tuner(device, on_hang, progress)
+    tuner = tuning.gpu_tuner(device, on_hang, progress, quick)
+    left = tuning.left(work, table, tuner)
     with Steps(console, loops=1) as steps, steps.loop("rows", len(left)) as loop:
         for job, row, why in tuning.tune(left, table, path, tuner, minutes=minutes):
             steps.say(f"{job}: {line(row) if row else 'not measured: ' + why}")

@@ -138,8 +138,9 @@ def gpu_tuner(
     device: torch.device,
     on_hang: Callable[[Choice], None],
     progress: Callable[[Job, int, int, str], None],
+    quick: bool = False,
 ) -> Tuner:
-    """The Tuner of a CUDA device."""
+    """The Tuner of a CUDA device; `quick`: with each implementation's own tile alone."""
     from slimgemm.kernels import tune_tiles
 
     gpu = tune_tiles.gpu_of(device)
@@ -148,7 +149,8 @@ def gpu_tuner(
         return time_us(calls, device, graph=True, flush=True, rounds=ROUNDS)
 
     def choices(m: int, n: int, k: int, dtype: torch.dtype) -> list[Choice]:
-        return [c for of in tune_tiles.CHOICES.values() for c in of(m, n, k, dtype, gpu)]
+        found = [of(m, n, k, dtype, gpu) for of in tune_tiles.CHOICES.values()]
+        return [choice for of in found for choice in (of[:1] if quick else of)]
 
     return Tuner(device, clock, choices, on_hang=on_hang, progress=progress)
 
@@ -327,6 +329,19 @@ def resumed(path: Path, head: Mapping[str, str]) -> Table:
     return table
 
 
+def left(todo: Sequence[Job], table: Table, tuner: Tuner) -> list[Job]:
+    """What of `todo` the table lacks: rows, or choices of an implementation that a row has."""
+    rows = {row.shape: {result.choice for result in row.results} for row in table.rows}
+
+    def lacking(job: Job) -> bool:
+        tried = rows.get(job.shape, set())
+        names = {choice.implementation for choice in tried}
+        wanted = tuner.choices(job.m, job.n, job.k, job.dtype)
+        return not tried or any(c.implementation in names and c not in tried for c in wanted)
+
+    return [job for job in todo if lacking(job)]
+
+
 class _TimeUp(Exception):
     """The minutes are over in the middle of a row."""
 
@@ -343,7 +358,7 @@ def tune(
     """Measure `todo` row by row, and write `table` with each new row to `path`.
 
     Args:
-        table: what `resumed` gave; rows that it has are not measured again.
+        table: what `resumed` gave; only what is `left` is measured.
         minutes: no candidate starts after them; a row that is not finished then is not written.
     Yields:
         (job, row, ""), or (job, None, why it could not be measured: memory).
@@ -356,10 +371,7 @@ def tune(
         if now() >= until:
             raise _TimeUp
 
-    finished = {row.shape for row in table.rows}
-    for job in todo:
-        if job.shape in finished:
-            continue
+    for job in left(todo, table, tuner):
         try:
             over()
             results = time_all(tuner, job, check_all(tuner, job, table, path, over))
@@ -369,6 +381,7 @@ def tune(
             yield job, None, first_line(error)
             continue
         row = Row(*job.shape, tuple(results))
-        table = table._replace(rows=(*table.rows, row))
+        others = tuple(old for old in table.rows if old.shape != row.shape)
+        table = table._replace(rows=(*others, row))
         save(table, path)
         yield job, row, ""

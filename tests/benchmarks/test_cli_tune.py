@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from tune_fakes import HEAD, Fake, fakes, tuner
+from tune_fakes import HEAD, Fake, fake_choices, fakes, tuner
 from typer.testing import CliRunner
 
 from slimgemm.benchmarks import cli, cli_tune, machine
@@ -30,7 +30,12 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "head", lambda device, command: {**HEAD, "command": command})
     here = {key: HEAD[key] for key in tune_table.SAME}
     monkeypatch.setattr(tune_table, "here", lambda device: here)
-    made = lambda device, on_hang, progress: tuner(candidates, on_hang=on_hang, progress=progress)  # noqa: E731
+
+    def made(device, on_hang, progress, quick):
+        own = lambda *shape: [c for c in fake_choices(*shape) if c.splits is None]  # noqa: E731
+        choices = own if quick else fake_choices
+        return tuner(candidates, on_hang=on_hang, progress=progress, choices=choices)
+
     monkeypatch.setattr(tune, "gpu_tuner", made)
     before = signal.getsignal(signal.SIGTERM)
     yield candidates
@@ -87,6 +92,15 @@ def test_it_writes_where_dispatch_looks_and_goes_on_there(gpu):
     more = invoke("--shapes", "16x32,40x32", "--tokens", "4")
     assert "1 measured, 1 from before" in more.output and "16x32" not in more.output
     assert len(tune_table.load(path).rows) == 5
+
+
+def test_a_quick_table_is_completed_later(gpu):
+    for options, tried in (["--quick"], 4), ([], 5):
+        done = invoke("--shapes", "16x32", "--tokens", "1,4", *options)
+        assert "2 measured, 0 from before" in done.output
+        rows = tune_table.load(tune_table.user_path(HEAD)).rows
+        assert [len(row.results) for row in rows] == [tried, tried]
+    assert "0 measured, 2 from before" in invoke("--shapes", "16x32", "--tokens", "1,4").output
 
 
 def test_minutes_and_out(gpu, tmp_path):

@@ -1,5 +1,6 @@
 """Tuning from end to end on the CPU: fake implementations, a fake clock, real checks and files."""
 
+import json
 import re
 import signal
 import subprocess
@@ -7,14 +8,17 @@ import sys
 import threading
 from pathlib import Path
 
+import gluon_numpy
 import pytest
 import torch
+from helpers import assert_no_worse_than_dense, randn, random_24
 from tune_fakes import HEAD, Fake, clock, fake_choices, fakes, raising, tuner
 
 from slimgemm.kernels import dispatch, tune, tune_tiles
+from slimgemm.kernels.gluon import mma_packed
 from slimgemm.kernels.implementations import IMPLEMENTATIONS
-from slimgemm.kernels.reference import spmm_24_ref
-from slimgemm.kernels.tune_table import Choice, Table, load
+from slimgemm.kernels.reference import pack_24_ref, spmm_24_ref
+from slimgemm.kernels.tune_table import Choice, Table, choice_from_json, choice_to_json, load
 
 BF16 = torch.bfloat16
 JOBS = tune.jobs([(16, 32), (24, 32)], [BF16], [4, 1])
@@ -138,6 +142,18 @@ def test_rows_of_another_head_are_measured_again(tmp_path, key):
     head = {**HEAD, key: "another"}
     assert len(run_all(path, todo=JOBS[:1], head=head)) == 1
     assert load(path).head == head and len(load(path).rows) == 1
+
+
+def test_a_row_is_measured_again_for_choices_that_it_lacks(tmp_path):
+    path = tmp_path / "t.json"
+    candidates = {**fakes(), "portable": Fake(takes=False)}
+    run_all(path, candidates, choices=lambda *shape: fake_choices(*shape)[1:2])
+    assert [len(row.results) for row in load(path).rows] == [1] * 4
+    assert run_all(path, candidates, choices=lambda *shape: fake_choices(*shape)[1:2]) == []
+    assert len(run_all(path, candidates, JOBS[:2])) == 2
+    rows = {row.shape: len(row.results) for row in load(path).rows}
+    assert [rows[job.shape] for job in JOBS] == [4, 4, 1, 1]
+    assert run_all(path, candidates, JOBS[:2]) == []
 
 
 def test_time_that_ends_inside_a_row_drops_that_row(tmp_path):
@@ -303,3 +319,36 @@ def test_the_portable_kernels_choices_are_all_right(tmp_path):
     results = tune.check_all(found, job, Table(HEAD), tmp_path / "t.json", lambda: None)
     assert len(results) >= 8
     assert [(str(r.choice), r.reason) for r in results if r.verdict != "ok"] == []
+
+
+@pytest.mark.parametrize("name", tune_tiles.CHOICES)
+def test_choices_survive_the_table_and_bind(name):
+    for m in (1, 64, 4096):
+        for choice in tune_tiles.CHOICES[name](m, 4096, 4096, BF16, GPU):
+            again = choice_from_json(json.loads(json.dumps(choice_to_json(choice))))
+            assert again == choice
+            run = IMPLEMENTATIONS[name].bind(again.tile, again.splits)
+            options = getattr(run, "keywords", {})
+            assert again.tile is None or tune_tiles.fields_of(options["tile"]) == choice.tile
+            assert again.splits is None or again.splits in options.values()
+
+
+@pytest.mark.slow
+def test_every_choice_of_mma_sp_is_right():
+    """On the NumPy executor, one ragged shape of more than one block of K each."""
+    tiles = {
+        choice.tile: IMPLEMENTATIONS["mma_sp"].bind(choice.tile, None).keywords["tile"]
+        for m in tune.TOKENS
+        for choice in tune_tiles.mma_choices(m, 4096, 4096, BF16, GPU)
+    }
+    assert len(tiles) > 30
+    for tile in tiles.values():
+        m, n, k = tile.tokens + 3, tile.rows + 8, 256 * tile.warps_k + 288
+        packed = pack_24_ref(random_24(n, k, BF16))
+        x = randn(m, k, dtype=BF16)
+        launch = mma_packed.prepare(x, packed, tile=tile)
+        gluon_numpy.run(
+            mma_packed._mma_packed_kernel, launch.grid, *launch.args, **launch.constants
+        )
+        exact = spmm_24_ref(x.double(), packed._replace(values=packed.values.double()))
+        assert_no_worse_than_dense(launch.out, spmm_24_ref(x, packed), exact, str(tile))
