@@ -3,6 +3,9 @@
 python -m slimgemm.benchmarks.bench_cpu --threads 1 2 --out benchmarks/results/cpu_layers.json
 
 The target is at most 1.3 of the dense time from 256 rows up, in the forward.
+
+With one thread the clock is the CPU time of that thread, which other processes on the machine do
+not lengthen by taking turns; with several it is the wall, and the machine must be idle.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 
 from slimgemm.benchmarks import machine
 from slimgemm.kernels.reference import allowed_error, output_error, prune_dense_24_ref
-from slimgemm.kernels.timing import time_us
+from slimgemm.kernels.timing import Times, percentiles
 from slimgemm.sparse_ops import SparseConv2d24, SparseLinear24
 
 FEATURES, ROWS = (256, 1024, 4096), (256, 1024)
@@ -62,7 +66,7 @@ def cases(largest: int) -> Iterator[Case]:
             x = torch.randn(rows, features)
             name = f"{features} features, {rows} rows, fp32"
             yield Case(f"linear forward, {name}", dense, packed, x, False)
-            if features * rows <= 2**20:
+            if features * rows < 2**20:
                 x = torch.randn(rows, features)
                 yield Case(f"linear forward and backward, {name}", dense, packed, x, True)
     dense_conv, packed_conv = conv_pair(64)
@@ -93,6 +97,20 @@ def check(case: Case) -> None:
         raise AssertionError(f"{case.name}: error {error:.2e} > {allowed:.2e}; not timed")
 
 
+def times_of(calls: dict[str, Callable[[], Tensor]], rounds: int, threads: int) -> dict[str, Times]:
+    """Microseconds of each call, in turn in every round, after two rounds that are thrown away."""
+    clock = time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 2):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            us = (clock() - start) / 1e3
+            if turn >= 2:
+                samples[name].append(us)
+    return {name: percentiles(us) for name, us in samples.items()}
+
+
 def measure(case: Case, seconds: float) -> dict[str, Any]:
     """One row: a checked case, timed for about `seconds`."""
     check(case)
@@ -100,11 +118,13 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         kind: functools.partial(result_of, layer, case.x, case.training)
         for kind, layer in (("dense", case.dense), ("packed", case.packed))
     }
-    first = sum(t.p50 for t in time_us(calls, "cpu", rounds=3, warmup=2).values()) / 1e6
+    threads = torch.get_num_threads()
+    first = sum(t.p50 for t in times_of(calls, 3, threads).values()) / 1e6
     rounds = min(max(int(seconds / first), LEAST_ROUNDS), MOST_ROUNDS)
-    times = time_us(calls, "cpu", rounds=rounds)
+    times = times_of(calls, rounds, threads)
+    clock = "cpu time" if threads == 1 else "wall"
     row: dict[str, Any] = {
-        "case": case.name, "threads": torch.get_num_threads(), "rounds": rounds,
+        "case": case.name, "threads": threads, "clock": clock, "rounds": rounds,
     }  # fmt: skip
     for kind, us in times.items():
         row |= {f"{kind}_us_{key}": round(value, 1) for key, value in us._asdict().items()}

@@ -18,7 +18,10 @@ def test_rows_say_what_was_measured(tmp_path, capsys):
     assert found["head"]["command"].endswith(" ".join(arguments))
     assert {"load_average_before", "load_average_after"} <= found["head"].keys()
     (row,) = found["rows"]
-    assert row["case"].startswith("conv2d forward") and row["threads"] == 1
+    assert row["case"].startswith("conv2d forward") and (row["threads"], row["clock"]) == (
+        1,
+        "cpu time",
+    )
     assert row["rounds"] >= bench_cpu.LEAST_ROUNDS
     assert 0 < row["packed_us_p20"] <= row["packed_us_p50"] <= row["packed_us_p80"]
     ratio = row["packed_us_p50"] / row["dense_us_p50"]
