@@ -181,7 +181,8 @@ def measure(
     left = tuning.left(work, table, tuner)
     with Steps(console, loops=1) as steps, steps.loop("rows", len(left)) as loop:
         for job, row, why in tuning.tune(left, table, path, tuner, minutes=minutes):
-            steps.say(f"{job}: {line(row) if row else 'not measured: ' + why}")
+            failed = f"not measured, --quick or fewer --tokens take less memory: {why}"
+            steps.say(f"{job}: {line(row) if row else failed}")
             rows += [row] if row else []
             missing += row is None
             loop.step()

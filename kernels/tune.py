@@ -140,9 +140,13 @@ def gpu_tuner(
     progress: Callable[[Job, int, int, str], None],
     quick: bool = False,
 ) -> Tuner:
-    """The Tuner of a CUDA device; `quick`: with each implementation's own tile alone."""
+    """The Tuner of a CUDA device, which it makes the current one.
+
+    `quick`: with each implementation's own tile alone.
+    """
     from slimgemm.kernels import tune_tiles
 
+    torch.cuda.set_device(device)  # Triton launches on the current device
     gpu = tune_tiles.gpu_of(device)
 
     def clock(calls: Mapping[str, Sequence[Call]]) -> Mapping[str, Times]:

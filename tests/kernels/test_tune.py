@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import gluon_numpy
@@ -319,6 +320,28 @@ def test_the_portable_kernels_choices_are_all_right(tmp_path):
     results = tune.check_all(found, job, Table(HEAD), tmp_path / "t.json", lambda: None)
     assert len(results) >= 8
     assert [(str(r.choice), r.reason) for r in results if r.verdict != "ok"] == []
+
+
+def test_a_gpus_tuner_tries_everything_and_times_graphs_with_a_cold_cache(monkeypatch):
+    seen = {}
+    card = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(current=device))
+    monkeypatch.setattr(tune, "time_us", lambda calls, device, **how: seen.update(how) or calls)
+    device = torch.device("cuda", 1)
+    full, quick = (
+        tune.gpu_tuner(device, lambda choice: None, lambda *what: None, quick)
+        for quick in (False, True)
+    )
+    assert seen["current"] == device
+    tried = full.choices(8, 4096, 4096, BF16)
+    own = quick.choices(8, 4096, 4096, BF16)
+    assert (
+        {c.implementation for c in tried} == {c.implementation for c in own} == {*IMPLEMENTATIONS}
+    )
+    assert len(own) == len(IMPLEMENTATIONS) < len(tried) and set(own) < set(tried)
+    full.clock({"a": []})
+    assert seen["graph"] and seen["flush"] and seen["rounds"] == tune.ROUNDS
 
 
 @pytest.mark.parametrize("name", tune_tiles.CHOICES)
