@@ -24,6 +24,7 @@ from slimgemm.benchmarks.harness import (
     SHORT,
     TIMED,
     Missing,
+    columns,
     first_line,
     with_ratios,
 )
@@ -161,8 +162,8 @@ def _variant(work: Workload, row: ModelRow, device: torch.device, peers: Peers) 
     except Missing as why:
         return _Variant(dataclasses.replace(row, status=MISSING, reason=str(why)))
     except RefusedModel as why:
-        wrong = {"error": why.error, "allowed_error": why.allowed}
-        return _Variant(dataclasses.replace(row, status=REFUSED, reason=str(why), **wrong))
+        row = dataclasses.replace(row, status=REFUSED, reason=str(why))
+        return _Variant(dataclasses.replace(row, error=why.error, allowed_error=why.allowed))
     except Exception as why:  # a model that does not fit or does not compile is a row
         return _Variant(dataclasses.replace(row, status=FAILED, reason=first_line(why)))
 
@@ -201,18 +202,14 @@ def _replays(passed: Sequence[_Variant], device: torch.device) -> dict[str, Call
     return found
 
 
-def _columns(kind: str, times: Times | None) -> dict[str, float]:
-    return {f"{kind}_us_{key}": us for key, us in times._asdict().items()} if times else {}
-
-
 def _timed(
     one: _Variant, work: Workload, eager: Mapping[str, Times], graph: Mapping[str, Times]
 ) -> ModelRow:
     called, replayed = eager[one.row.variant], graph.get(one.row.variant)
     return dataclasses.replace(
         one.row,
-        **_columns("eager", called),
-        **_columns("graph", replayed),
+        **columns("eager", called),
+        **columns("graph", replayed),
         rate_from="graph" if replayed else "eager",
         unit=work.unit,
         units_per_call=work.units,

@@ -279,23 +279,21 @@ def _row(
     sets: int,
 ) -> Row:
     one = entry.implementation
-    names = (case.op, case.layer, case.shape, SHORT[case.dtype], one.name)
-    checked = math.isfinite(entry.allowed)
-    errors = (entry.error, entry.allowed) if checked else (None, None)
+    row = Row(case.op, case.layer, case.shape, SHORT[case.dtype], one.name, entry.status)
+    if math.isfinite(entry.allowed):
+        row = dataclasses.replace(row, error=entry.error, allowed_error=entry.allowed)
     if entry.status != TIMED:
-        return Row(*names, entry.status, entry.reason, *errors)
+        return dataclasses.replace(row, reason=entry.reason)
     called, replayed = eager[one.name], graph.get(one.name)
     us = (replayed or called).p50
     tb_per_s = one.moved_bytes / us / 1e6
     tflops = case.flop / us / 1e6 if case.flop else None
-    return Row(
-        *names,
-        TIMED,
-        "; ".join(part for part in (one.note(), entry.reason) if part),
-        *errors,
-        sets,
-        *called,
-        *(replayed or (None, None, None)),
+    return dataclasses.replace(
+        row,
+        reason="; ".join(part for part in (one.note(), entry.reason) if part),
+        input_sets=sets,
+        **columns("eager", called),
+        **columns("graph", replayed),
         rate_from="graph" if replayed else "eager",
         moved_bytes=one.moved_bytes,
         tb_per_s=tb_per_s,
@@ -303,6 +301,11 @@ def _row(
         byte_limit_percent=100 * tb_per_s / limits.tb_per_s,
         compute_limit_percent=None if tflops is None else 100 * tflops / limits.tflops,
     )
+
+
+def columns(kind: str, times: Times | None) -> dict[str, Any]:
+    """The three columns of `times`, for rows of eager or of graph times."""
+    return {f"{kind}_us_{key}": us for key, us in times._asdict().items()} if times else {}
 
 
 def host_us(call: Call, wait: Call, rounds: int = 20) -> float:

@@ -186,7 +186,7 @@ class Energy(NamedTuple):
 
 def _nvml_millijoules(device: torch.device) -> int:
     """The GPU's energy counter."""
-    import pynvml  # type: ignore[import-not-found, unused-ignore]
+    import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
     pynvml.nvmlInit()
     uuid = str(torch.cuda.get_device_properties(device).uuid)

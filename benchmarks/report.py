@@ -120,12 +120,12 @@ def _timed_table(rows: Sequence[Any]) -> str:
     for row in rows:
         spread = " / ".join(number(getattr(row, f"eager_us_{p}")) for p in ("p20", "p50", "p80"))
         if models:
-            values = (row.units_per_s, row.weight_bytes / 1e6, row.joules_per_unit)
+            values = [row.units_per_s, row.weight_bytes / 1e6, row.joules_per_unit]
         else:
-            values = (
+            values = [
                 row.tb_per_s, row.dense_equivalent_tflops,
                 row.byte_limit_percent, row.compute_limit_percent,
-            )  # fmt: skip
+            ]  # fmt: skip
         ratio = number(row.best_dense_over_this)
         slower = row.best_dense_over_this is not None and row.best_dense_over_this < 1
         before, case = case, ", ".join(row.key[:-1])
