@@ -108,7 +108,7 @@ def training_step(model: nn.Module, args: Args) -> Call:
     """Forward, backward, AdamW."""
     model.train()
     # A rate at which thousands of steps leave the weights what they were.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=args[0].is_cuda or None)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -127,6 +127,9 @@ bench_part "models" 75 --op models --shapes "$shapes" --no-compiled
 bench_part "convolutions, channels, gradients" 40 --op conv2d_24 --op gemm_channels \
     --op conv2d_channels --op spmm_24_dgrad --op spmm_24_wgrad --op spmm_24_epilogue \
     --shapes "$shapes" --no-compiled
+# With what time is left: compiling takes a minute for a few shapes.
+bench_part "spmm_24 against max-autotune" 120 --op spmm_24 --shapes "$shapes" \
+    --out "$work/results/compiled" $([ -n "$tiny" ] && echo --no-compiled)
 
 cat "$out/summary.txt"
 exit "$failed"

@@ -54,9 +54,10 @@ def test_the_plan_begins_with_the_instructions_and_ends_within_nine_minutes(tmp_
     assert list(parts) == [
         "instructions", "gpu tests", "kernels against their twins", "tune", "spmm_24",
         "packing and overhead", "models", "convolutions, channels, gradients",
+        "spmm_24 against max-autotune",
     ]  # fmt: skip
     limits = [int(re.split(r"\s{2,}", line)[1]) for line in parts.values()]
-    assert sum(limits) <= 525 and min(limits) > 0
+    assert sum(limits[:-1]) <= 525 and min(limits) > 0  # the last one has what time is left
     assert "tests/kernels/gluon/test_gpu.py" in parts["instructions"]
     named = set(re.findall(r"tests/[\w/]+\.py", "\n".join(parts.values())))
     assert all((SCRIPT.parents[1] / name).is_file() for name in named)
@@ -97,4 +98,4 @@ def test_the_real_thing_on_tiny_shapes(tmp_path):
     done, parts, held = check(tmp_path, "--tiny", python=sys.executable, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
     assert all(" ok" in line for line in parts.values())
-    assert sum(name.endswith(".csv") for name in held) == 11
+    assert sum(name.endswith(".csv") for name in held) == 12
