@@ -15,12 +15,20 @@ import torch
 
 from slimgemm.kernels.build_operands import ALIGNED, operand
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES as MMA_SP_ARCHS
-from slimgemm.kernels.gluon.mma_tiles import MMA_SP_TILES, mma_sp_tile
+from slimgemm.kernels.gluon.mma_tiles import MMA_SP_TILES, MMA_SP_WIDENED_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.orders import to_mma_sp, to_wgmma_sp
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
+from slimgemm.kernels.quantize_24 import quantize_24
 from slimgemm.kernels.reference import prune_24_ref
 
-__all__ = ["MMA_SP_ARCHS", "pack_dense", "spmm_24_mma_sp", "spmm_24_wgmma_sp", "unpack_dense"]
+__all__ = [
+    "MMA_SP_ARCHS",
+    "pack_dense",
+    "scaled_spmm_24_mma_sp",
+    "spmm_24_mma_sp",
+    "spmm_24_wgmma_sp",
+    "unpack_dense",
+]
 
 Cases = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -40,6 +48,38 @@ def spmm_24_mma_sp(dtype: torch.dtype, arch: str) -> Cases:
     for m in MMA_SP_TILES:
         yield f"m {m}", functools.partial(warm, m, k, 1)
         if mma_sp_tile(m, aligned=False).tokens >= m:
+            yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
+        yield f"m {m} split", functools.partial(warm, m, k, 4)
+
+
+def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """An operand of any dtype, by way of fp16: not every maker of tensors knows 8-bit floats."""
+    return operand(*shape, dtype=torch.float16).to(dtype)
+
+
+def scaled_spmm_24_mma_sp(dtype: torch.dtype, arch: str) -> Cases:
+    """Every tile on 8-bit values with a full epilogue, split, and any strides."""
+    file = importlib.import_module("slimgemm.kernels.gluon.mma_sp")
+    _, n, k = ALIGNED
+    if dtype == torch.float8_e4m3fn and arch in ("sm_80", "sm_86"):
+        return  # 8-bit floats begin with sm_89
+    widened = dtype == torch.float8_e4m3fn and arch == "sm_90"
+
+    def warm(m: int, k: int, splits: int) -> Any:
+        scale = operand(n, dtype=torch.float32)
+        packed, _ = quantize_24(torch.zeros(n, k), dtype)
+        x = zeros(m, k, dtype=dtype)
+        tile = mma_sp_tile(m, k % 16 == 0, widened)
+        go = file.prepare(
+            x, to_mma_sp(packed), scale, scale, "gelu", tile=tile, splits=splits,
+            token_scale=operand(m, dtype=torch.float32), out_dtype=torch.bfloat16,
+        )  # fmt: skip
+        warmup = file._mma_sp_kernel.warmup
+        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    for m in MMA_SP_WIDENED_TILES if widened else MMA_SP_TILES:
+        yield f"m {m}", functools.partial(warm, m, k, 1)
+        if mma_sp_tile(m, False, widened).tokens >= m:
             yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
         yield f"m {m} split", functools.partial(warm, m, k, 4)
 
@@ -69,7 +109,7 @@ def pack_dense(dtype: torch.dtype, arch: str, fragments: bool) -> Cases:
     _, n, k = ALIGNED
 
     def warm(columns: int) -> Any:
-        go = file.prepare_pack(torch.zeros(n, columns, dtype=dtype), fragments)
+        go = file.prepare_pack(zeros(n, columns, dtype=dtype), fragments)
         warmup = file._pack_dense_kernel.warmup
         return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
 
@@ -83,7 +123,8 @@ def unpack_dense(dtype: torch.dtype, arch: str, fragments: bool) -> Cases:
     _, n, k = ALIGNED
 
     def warm(columns: int) -> Any:
-        packed = prune_24_ref(torch.zeros(n, columns, dtype=dtype))
+        packed = prune_24_ref(torch.zeros(n, columns, dtype=torch.float16))
+        packed = packed._replace(values=packed.values.to(dtype))
         go = file.prepare_unpack(to_mma_sp(packed) if fragments else to_wgmma_sp(packed))
         warmup = file._unpack_dense_kernel.warmup
         return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)

@@ -8,7 +8,7 @@ here from the PTX pages, independently of kernels/gluon/orders.py.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from gluon_tensors import Fault, Tensor, array
@@ -18,43 +18,100 @@ LANE = np.arange(32)
 G, T = LANE // 4, LANE % 4
 
 
-def halves(words: np.ndarray, kind: str) -> np.ndarray:
-    """b32 registers -> float32 [..., 2], low half first."""
-    bits = np.ascontiguousarray(words.astype(np.int64).astype(np.uint32))
+class Kind(NamedTuple):
+    """An element type of the instructions: how many in 64 dense bytes of K, and of what sums."""
+
+    columns: int
+    sums: str
+    bits: np.dtype
+
+    @property
+    def per(self) -> int:
+        """Values in a b32 register."""
+        return self.columns // 16
+
+
+KINDS = {
+    "f16": Kind(32, "f32", np.dtype(np.float16)),
+    "bf16": Kind(32, "f32", np.dtype(np.int16)),
+    "e4m3": Kind(64, "f32", np.dtype(np.uint8)),
+    "s8": Kind(64, "s32", np.dtype(np.int8)),
+}
+
+
+def decoded(bits: np.ndarray, kind: str) -> np.ndarray:
+    """Numbers of an array of KINDS[kind].bits: int64 of s8, float32 of all others."""
+    if kind == "s8":
+        return bits.astype(np.int64)
     if kind == "f16":
-        pairs = bits.view(np.float16).reshape(*bits.shape, 2)
-        return pairs.astype(np.float32)
-    return np.stack([bits << 16, bits & np.uint32(0xFFFF0000)], -1).view(np.float32)
+        return bits.astype(np.float32)
+    if kind == "bf16":
+        return (bits.astype(np.int32) << 16).view(np.float32)
+    # 1 sign, 4 exponent (bias 7), 3 mantissa bits; all ones are NaN, exponent 0 is subnormal.
+    exponent, mantissa = (bits >> 3 & 15).astype(np.int32), (bits & 7).astype(np.float32)
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    number = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
+    number = np.where(bits & 0x7F == 0x7F, np.nan, number)
+    return np.where(bits >> 7, -number, number).astype(np.float32)
+
+
+def unpacked(words: np.ndarray, kind: str) -> np.ndarray:
+    """b32 registers -> numbers [..., 2 or 4], low bits first."""
+    bits = np.ascontiguousarray(words.astype(np.int64).astype(np.uint32))
+    return decoded(bits.view(KINDS[kind].bits).reshape(*bits.shape, -1), kind)
 
 
 def expand(compressed: np.ndarray, words: np.ndarray, selector: int) -> np.ndarray:
-    """Dense [..., 16, 32] of a compressed [..., 16, 16] and its metadata words [..., 32 lanes]."""
-    dense = np.zeros((*compressed.shape[:-1], 32), np.float32)
-    rows, groups = np.meshgrid(np.arange(16), np.arange(8), indexing="ij")
-    lanes = 4 * (rows % 8) + 2 * selector + groups // 4
-    shifts = 16 * (rows // 8) + 4 * (groups % 4)
+    """Dense [..., 16, columns] of a compressed half as wide and its metadata words [..., 32 lanes].
+
+    32 columns (16-bit types): two lanes of a quad, picked by the selector, hold both rows g and
+    g + 8. 64 columns (8-bit types): all four lanes, each one row and one half of the columns.
+    """
+    groups_per_row = compressed.shape[-1] // 2
+    dense = np.zeros((*compressed.shape[:-1], 4 * groups_per_row), compressed.dtype)
+    rows, groups = np.meshgrid(np.arange(16), np.arange(groups_per_row), indexing="ij")
+    if groups_per_row == 8:
+        lanes = 4 * (rows % 8) + 2 * selector + groups // 4
+        shifts = 16 * (rows // 8) + 4 * (groups % 4)
+    else:
+        if selector:
+            raise Fault(f"the selector of an 8-bit type must be 0, got {selector}")
+        lanes = 4 * (rows % 8) + rows // 8 + 2 * (groups // 8)
+        shifts = 4 * (groups % 8)
     nibbles = words.astype(np.int64)[..., lanes] >> shifts & 15
     first, second = nibbles & 3, nibbles >> 2
     if (first >= second).any():
         raise Fault("ordered metadata must be ascending")
     for position, half in ((first, 0), (second, 1)):
-        columns = (4 * np.arange(8) + position).reshape(*dense.shape[:-1], 8)
+        columns = (4 * np.arange(groups_per_row) + position).reshape(*dense.shape[:-1], -1)
         np.put_along_axis(dense, columns, compressed[..., half::2], -1)
     return dense
 
 
+def added(c: np.ndarray, product: np.ndarray, kind: str) -> np.ndarray:
+    """c + product in the type of the sums; Fault where int32 overflows."""
+    if kind != "s8":
+        return c + product.astype(np.float32)
+    total = c.astype(np.int64) + product
+    if total.size and (total.max() >= 2**31 or total.min() < -(2**31)):
+        raise Fault("an int32 sum of products overflows")
+    return total.astype(np.int32)
+
+
 def mma_sp(kind, a, b, c, words, selector):
-    """m16n8k32: lists of 4 registers [..., 32 lanes] -> list of 4 results."""
-    a = [halves(r, kind) for r in a]
-    b = [halves(r, kind) for r in b]
-    lead = a[0].shape[:-2]
-    compressed, right = np.zeros((*lead, 16, 16), np.float32), np.zeros((*lead, 32, 8), np.float32)
+    """m16n8k32 or m16n8k64: lists of 4 registers [..., 32 lanes] -> list of 4 results."""
+    a = [unpacked(r, kind) for r in a]
+    b = [unpacked(r, kind) for r in b]
+    lead, columns, per = a[0].shape[:-2], KINDS[kind].columns, KINDS[kind].per
+    compressed = np.zeros((*lead, 16, columns // 2), a[0].dtype)
+    right = np.zeros((*lead, columns, 8), a[0].dtype)
     for r in range(4):
-        for h in range(2):
-            compressed[..., G + 8 * (r % 2), 2 * T + h + 8 * (r // 2)] = a[r][..., h]
-            right[..., 2 * T + h + 8 * r, G] = b[r][..., h]
+        for h in range(per):
+            column = per * T + h + 4 * per * (r // 2)
+            compressed[..., G + 8 * (r % 2), column] = a[r][..., h]
+            right[..., per * T + h + 4 * per * r, G] = b[r][..., h]
     product = expand(compressed, words, selector) @ right
-    return [c[r] + product[..., G + 8 * (r // 2), 2 * T + r % 2] for r in range(4)]
+    return [added(c[r], product[..., G + 8 * (r // 2), 2 * T + r % 2], kind) for r in range(4)]
 
 
 def matrix(block, descriptor: int, rows: int, kind: str) -> np.ndarray:
@@ -66,20 +123,18 @@ def matrix(block, descriptor: int, rows: int, kind: str) -> np.ndarray:
     place = address + row // 8 * 1024 + row % 8 * 128 + byte
     place = place ^ (place >> 7 & 7) << 4
     words = block.arena.read(place // 2, block).astype(np.int16)
-    if kind == "f16":
-        return words.view(np.float16).astype(np.float32)
-    return (words.astype(np.int32) << 16).view(np.float32)
+    return decoded(words.view(KINDS[kind].bits), kind)
 
 
 def wgmma_sp(block, kind, n, acc, a, b, words, selector):
-    """m64n{n}k32 on registers [128 threads]: acc list of n/2, descriptors, metadata."""
-    left = matrix(block, a, 64, kind)[:, :16].reshape(4, 16, 16)
-    right = matrix(block, b, n, kind)[:, :32]
+    """m64n{n}k32 or k64 on registers [128 threads]: acc list of n/2, descriptors, metadata."""
+    columns = KINDS[kind].columns
+    left = matrix(block, a, 64, kind)[:, : columns // 2].reshape(4, 16, columns // 2)
+    right = matrix(block, b, n, kind)[:, :columns]
     dense = expand(left, words.reshape(4, 32), selector)
-    product = (dense.reshape(64, 32) @ right.T).astype(np.float32)
-    rows, columns = accumulator_map(n)
-    product = product[rows, columns]
-    return [acc[r] + product[:, r] for r in range(n // 2)]
+    rows, tokens = accumulator_map(n)
+    product = (dense.reshape(64, columns) @ right.T)[rows, tokens]
+    return [added(acc[r], product[:, r], kind) for r in range(n // 2)]
 
 
 def accumulator_map(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +145,15 @@ def accumulator_map(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 MMA = re.compile(
-    r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k32\.row\.col\.f32\.(bf16|f16)\.\1\.f32 "
+    r"mma\.sp::ordered_metadata\.sync\.aligned\.m16n8k(\d+)\.row\.col\.(\w+)\.(\w+)\.\3\.\2 "
     r"\{(.*?)\}, \{(.*?)\}, \{(.*?)\}, \{(.*?)\}, (\$\d+), (?:0x)?([01])"
 )
 WGMMA = re.compile(
-    r"wgmma\.mma_async\.sp\.sync\.aligned\.m64n(\d+)k32\.f32\.(bf16|f16)\.\2 "
-    r"\{(.*?)\}, (\w+), (\w+), (\$\d+), ([01]), 1, 1, 1, 0, 0"
+    r"wgmma\.mma_async\.sp\.sync\.aligned\.m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.\4 "
+    r"\{(.*?)\}, (\w+), (\w+), (\$\d+), ([01]), (1[\d, ]*)$"
 )
+# What follows the selector: keep D; signs of A and B (floats); both K-major (16-bit types).
+WGMMA_TAIL = {"bf16": "1, 1, 1, 0, 0", "f16": "1, 1, 1, 0, 0", "e4m3": "1, 1, 1", "s8": "1"}
 
 
 def execute(block, text, constraints, args, dtype, pack) -> Any:
@@ -130,10 +187,16 @@ def execute(block, text, constraints, args, dtype, pack) -> Any:
     if not args:
         return Tensor(np.asarray(results[0]).astype(dtype.storage), dtype)
     if not wide:
-        return Tensor(np.stack(results, -1).reshape(shape).astype(np.float32), dtype)
-    out = np.empty(shape, np.float32)
+        return Tensor(np.stack(results, -1).reshape(shape).astype(dtype.storage), dtype)
+    out = np.empty(shape, dtype.storage)
     out[accumulator_map(shape[1])] = np.stack(results, -1)
     return Tensor(out, dtype)
+
+
+def check_kind(kind: str, columns: str, sums: str) -> None:
+    """Raise Fault unless the instruction exists."""
+    if kind not in KINDS or (KINDS[kind].columns, KINDS[kind].sums) != (int(columns), sums):
+        raise Fault(f"no instruction k{columns} of {kind} with {sums} sums")
 
 
 def step(block, bare: str, statement: str, registers: dict[str, Any]) -> None:
@@ -143,11 +206,15 @@ def step(block, bare: str, statement: str, registers: dict[str, Any]) -> None:
         return [registers[name.strip()] for name in group.split(",")]
 
     if match := MMA.match(statement):
-        kind, d, a, b, c, e, selector = match.groups()
+        columns, sums, kind, d, a, b, c, e, selector = match.groups()
+        check_kind(kind, columns, sums)
         results = mma_sp(kind, listed(a), listed(b), listed(c), registers[e], int(selector))
         registers.update(zip((name.strip() for name in d.split(",")), results, strict=True))
     elif match := WGMMA.match(statement):
-        n, kind, d, a, b, e, selector = match.groups()
+        n, columns, sums, kind, d, a, b, e, selector, tail = match.groups()
+        check_kind(kind, columns, sums)
+        if tail != WGMMA_TAIL[kind]:
+            raise Fault(f"wgmma.sp on {kind} must end in {WGMMA_TAIL[kind]}, got {tail}")
         results = wgmma_sp(
             block, kind, int(n), listed(d), registers[a], registers[b], registers[e], int(selector)
         )

@@ -31,6 +31,22 @@ def activate(z, ACT: gl.constexpr):
 
 
 @gluon.jit
+def scale_tokens(acc, scale_ptr, M, pid_m, TILE: gl.constexpr):
+    """acc [mt, nt, warps_n, warps_m, 128] times one fp32 scale per token."""
+    # What varies with the token only: [nt, warps_m, 128].
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(4, TILE.fragment)))
+    nt = gl.arange(0, TILE.nt, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    wm = gl.arange(0, TILE.warps_m, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    e = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    # Element 4 lane + r of an accumulator tile: column 2 t + r % 2.
+    column = e // 4 % 4 * 2 + e % 2
+    tile = (pid_m * TILE.warps_m + wm[None, :, None]) * TILE.nt + nt[:, None, None]
+    token = tile * 8 + column[None, None, :]
+    scale = gl.load(scale_ptr + token, mask=token < M, other=0.0)
+    return acc * scale[None, :, None, :, :]
+
+
+@gluon.jit
 def finish(
     acc, y_ptr, bias_ptr, scale_ptr, M, N, pid_m, pid_n,
     TILE: gl.constexpr, SPLITS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,8 @@ def rows_of(x: Tensor, k: int) -> Tensor:
 
 def is_aligned(rows: Tensor) -> bool:
     """True if each row of x [M, K] is whole 16-byte units, which cp.async and TMA need."""
-    return rows.shape[1] % 8 == 0 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 16 == 0
+    per = 16 // rows.element_size()
+    return rows.shape[1] % per == 0 and rows.stride(0) % per == 0 and rows.data_ptr() % 16 == 0
 
 
 def folds(x: Tensor) -> bool:
@@ -91,6 +93,24 @@ def check_x(
     if found < capability or (exact and found != capability):
         later = "" if exact else " or later"
         raise ValueError(f"GPU must be of compute capability {capability}{later}, got {found}")
+
+
+def check_dtype(dtype: torch.dtype, known: Iterable[torch.dtype], cure: str) -> None:
+    """Raise ValueError unless the dtype of a weight is `known` to a kernel."""
+    if dtype not in known:
+        names = " or ".join(str(d).removeprefix("torch.") for d in known)
+        raise ValueError(f"weight must hold {names}, got {dtype}; {cure}")
+
+
+def check_scales(x: Tensor, n: int, scale_x: Tensor, scale_w: Tensor) -> None:
+    """Raise ValueError unless scale_x [leading dims of x] and scale_w [n] are fp32 beside `x`."""
+    for name, t, shape in (("scale_x", scale_x, x.shape[:-1]), ("scale_w", scale_w, (n,))):
+        if t.dtype != torch.float32 or t.device != x.device:
+            raise ValueError(f"{name} must be float32 on {x.device}, got {t.dtype} on {t.device}")
+        if tuple(t.shape) != tuple(shape) or not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous {list(shape)}, got {list(t.shape)} {t.stride()}"
+            )
 
 
 def check_epilogue(n: int, x: Tensor, bias: Tensor | None, scale: Tensor | None, act: str) -> None:

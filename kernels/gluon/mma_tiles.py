@@ -28,8 +28,8 @@ class MmaTile:
     Args:
         mt, nt: 16-row and 8-token instruction tiles per warp.
         warps_n, warps_m: warps along the rows of W and along the tokens.
-        warps_k: warps that share an output tile and each take every warps_k-th 256-column block.
-        steps: 32-column steps per shared-memory stage (2, 4 or 8).
+        warps_k: warps that share an output tile and each take every warps_k-th 512-byte block of K.
+        steps: 64-byte steps of K per shared-memory stage (2, 4 or 8).
         stages: stages of X in flight, at least 2.
         ahead: steps by which A is loaded before use (1 to 8), 4 mt registers a lane each.
     """
@@ -126,16 +126,29 @@ MMA_SP_TILES = {
 }
 
 
-def mma_sp_tile(m: int, aligned: bool = True) -> MmaTile:
-    """The tile for `m` tokens of an x that is 16-byte aligned, or is not."""
+# e4m3 on sm_90, whose mma.sp has no 8-bit floats: ptxas widens both operands to fp16 and exchanges
+# metadata between lanes for each HMMA.SP. More than one token tile per warp spills.
+MMA_SP_WIDENED_TILES = {
+    8: MMA_SP_TILES[8],
+    16: MmaTile(mt=1, nt=1, warps_n=2, warps_m=2, warps_k=2, steps=4, stages=3, ahead=8),
+    32: MmaTile(mt=1, nt=1, warps_n=2, warps_m=4, warps_k=1, steps=2, stages=4, ahead=8),
+}
+
+
+def mma_sp_tile(m: int, aligned: bool = True, widened: bool = False) -> MmaTile:
+    """The tile for `m` tokens of an x that is 16-byte aligned, or is not.
+
+    `widened`: the GPU multiplies these 8-bit floats as fp16.
+    """
     if not aligned:
         # Such an x passes through registers: 32 tokens and short stages are what fits beside A.
-        return dataclasses.replace(mma_sp_tile(min(m, 32)), steps=2, ahead=1)
-    return next((t for most, t in MMA_SP_TILES.items() if m <= most), MMA_SP_TILES[128])
+        return dataclasses.replace(mma_sp_tile(min(m, 32), True, widened), steps=2, ahead=1)
+    tiles = MMA_SP_WIDENED_TILES if widened else MMA_SP_TILES
+    return next((t for most, t in tiles.items() if m <= most), tiles[max(tiles)])
 
 
 def fits(tile: MmaTile, architecture: str) -> bool:
-    """True if `tile` is whole (a stage divides a 256-column block) and its ring fits."""
+    """True if `tile` is whole (a stage divides a block of K) and its ring fits."""
     return (
         tile.stages >= 2
         and 1 <= tile.ahead <= 8

@@ -22,8 +22,8 @@ from slimgemm.kernels.configs import SMEM_BYTES
 PRODUCTS = [name for name, op in OPS.items() if op.product]
 # A pair of cases of each op; the last case of a convolution is one of few channels.
 QUICK = {
-    "sm_80": {"fp16": 0, "fp32": -1},  # dtype -> which of the op's cases
-    "sm_90": {"bf16": 2, "tf32": 0},
+    "sm_80": {"fp16": 0, "fp32": -1, "int8": 0},  # dtype -> which of the op's cases
+    "sm_90": {"bf16": 2, "tf32": 0, "fp8": 0},
 }
 
 # What runs out of registers first, on the architectures where it does: ragged sizes, 4-byte

@@ -56,13 +56,13 @@ def test_unchanged_kernel_is_right_here():
 
 FAULTS = [
     # name, function, old, new, message
-    ("K mask", mma_sp.copy_x, " & (pair // 4 < K // 8)", "", "load out of bounds: x_ptr"),
+    ("K mask", mma_sp.copy_x, " & (pair // 4 < K // (4 * PER))", "", "load out of bounds: x_ptr"),
     ("M mask", KERNEL, "on = (token < M)[:, None] & ", "on = (token < M + 9)[:, None] & ", "x_ptr"),
     (
         "stage overwritten before it is read",
         KERNEL,
-        "copy_x(ring.index((step + STAGES - 1) % STAGES)",
-        "copy_x(ring.index((step + STAGES - 2) % STAGES)",
+        "fill = ring.index((step + STAGES - 1) % STAGES)",
+        "fill = ring.index((step + STAGES - 2) % STAGES)",
         "in flight|before it was read",
     ),
     (
@@ -88,8 +88,8 @@ FAULTS = [
     (
         "metadata of padding is zero",
         KERNEL,
-        "words = load_words(words_at + start * (WK * 128), on, WK > 1, 0x44444444)",
-        "words = load_words(words_at + start * (WK * 128), on & False, WK > 1, 0)",
+        "words = load_metadata(words_at + start * (WK * 128 * HALVES), on, WK > 1, HALVES)",
+        "words = (load_words(words_at + start * (WK * 128), on & False, WK > 1, 0),)",
         "ordered metadata must be ascending",
     ),
 ]
@@ -112,12 +112,12 @@ WRONG = [
     ("registers of A swapped", mma_sp.mma_sp_asm, "{$8,$9,$10,$11}", "{$8,$10,$9,$11}"),
     ("registers of B swapped", mma_sp.mma_sp_asm, "{$12,$13,$14,$15}", "{$13,$12,$14,$15}"),
     ("rows of D swapped", mma_sp.mma_sp_asm, "{$0,$1,$2,$3}, ", "{$2,$3,$0,$1}, "),
-    ("selector inverted", mma_sp.mma_sp_asm, "{step % 2}", "{1 - step % 2}"),
-    ("metadata word of another step", mma_sp.mma_sp_asm, "step // 2", "(step // 2 ^ 1)"),
+    ("selector inverted", mma_sp.mma_sp_asm, "step // 2, step % 2", "step // 2, 1 - step % 2"),
+    ("metadata word of another step", mma_sp.mma_sp_asm, "step // 2,", "(step // 2 ^ 1),"),
     ("fragment map of X", KERNEL, "permute([2, 1, 0, 3, 5, 4])", "permute([2, 1, 0, 3, 4, 5])"),
     ("map of D", finish, "permute([3, 1, 5, 7, 2, 0, 6, 4])", "permute([3, 1, 5, 6, 2, 0, 7, 4])"),
     ("step of A", KERNEL, "a = a[1:] + (fresh,)", "a = (fresh,) + a[1:]"),
-    ("half of a pair", mma_sp.copy_x, "(high.to(gl.int32) << 16)", "(low.to(gl.int32) << 16)"),
+    ("half of a pair", mma_sp.copy_x, "PER * shift + i)", "PER * shift)"),
 ]
 
 
