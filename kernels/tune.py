@@ -173,8 +173,8 @@ class Judge:
             (bias, scale, ACTIVATION),
         ]
         for epilogue in epilogues:
-            doubled = [t if t is None else t.double() for t in epilogue[:2]]
-            exact = spmm_24_ref(x.double(), wide, *doubled, act=epilogue[2])
+            wide_bias, wide_scale = (t if t is None else t.double() for t in epilogue[:2])
+            exact = spmm_24_ref(x.double(), wide, wide_bias, wide_scale, epilogue[2])
             allowed = allowed_error(spmm_24_ref(x, w, *epilogue), exact)
             self.cases.append((epilogue, exact, allowed))
 

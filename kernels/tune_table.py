@@ -259,11 +259,11 @@ def choice_from_json(found: Mapping[str, Any]) -> Choice:
 
 
 def _row_from_json(found: Mapping[str, Any]) -> Row:
-    sizes = [_count(found[name], name) for name in ("n", "k", "m")]
+    n, k, m = (_count(found[name], name) for name in ("n", "k", "m"))
     results = [_result_from_json(result) for result in found["results"]]
     rank = {OK: 0, FAILED: 1, WRONG: 1}
     results.sort(key=lambda r: (rank[r.verdict], r.us_p50 or 0.0))
-    return Row(_text(found["op"], "op"), _dtype(found["dtype"]), *sizes, tuple(results))
+    return Row(_text(found["op"], "op"), _dtype(found["dtype"]), n, k, m, tuple(results))
 
 
 def _result_from_json(found: Mapping[str, Any]) -> Result:
