@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from slimgemm.benchmarks import cli_bench, cli_tune
+from slimgemm.benchmarks import cli_bench, cli_prune, cli_tune
 
 COLUMNS = 100  # of tables, where stdout is no terminal
 
@@ -111,6 +111,7 @@ def kernels(
 
 app.command(name="bench")(cli_bench.bench)
 app.command(name="tune")(cli_tune.tune)
+cli_prune.register(app)
 
 
 def _fail(message: str, code: int) -> NoReturn:

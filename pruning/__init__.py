@@ -6,10 +6,14 @@ pattern (what goes together) x score (what matters) x amount (how much, where) -
 from slimgemm.pruning import cost
 from slimgemm.pruning.activations import Wanda, ZeroActivations
 from slimgemm.pruning.allocate import ERK, LAMP, Global, PerLayer, Uniform
+from slimgemm.pruning.amc import AMC
 from slimgemm.pruning.cost import count_macs
-from slimgemm.pruning.finetune import finetune
+from slimgemm.pruning.finetune import FineTune, finetune
 from slimgemm.pruning.gradients import OptimalBrainDamage, Taylor
+from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.masks import PackedMask, keep_masks, load_masks, mask_of, masks_state
+from slimgemm.pruning.netadapt import NetAdapt
+from slimgemm.pruning.pareto import Pareto
 from slimgemm.pruning.patterns import Block, Channels, Kernel, NofM, Unstructured, Vector
 from slimgemm.pruning.permutation import find_permutation, permute
 from slimgemm.pruning.plan import LayerPlan, Plan, plan
@@ -25,7 +29,10 @@ from slimgemm.pruning.schedule import (
     rounds_to,
 )
 from slimgemm.pruning.scores import BatchNormScale, Context, GeometricMedian, Magnitude, Random
+from slimgemm.pruning.search import Search
+from slimgemm.pruning.sensitivity import Sensitivity, scan
 from slimgemm.pruning.sparsegpt import OptimalBrainSurgeon, SparseGPT
+from slimgemm.pruning.task import Infeasible
 from slimgemm.pruning.training import (
     BatchNormL1,
     Distillation,
@@ -39,6 +46,7 @@ from slimgemm.pruning.training import (
 
 __all__ = [
     "ADMM",
+    "AMC",
     "ERK",
     "LAMP",
     "BatchNormL1",
@@ -47,23 +55,30 @@ __all__ = [
     "Channels",
     "Context",
     "Distillation",
+    "FineTune",
     "GeometricMedian",
     "Global",
     "Gradual",
     "GroupLasso",
+    "Infeasible",
     "Kernel",
+    "LatencyTable",
     "LayerPlan",
     "LeastSquares",
     "Lp",
     "Magnitude",
+    "NetAdapt",
     "NofM",
     "OptimalBrainDamage",
     "OptimalBrainSurgeon",
     "PackedMask",
+    "Pareto",
     "PerLayer",
     "Plan",
     "Random",
     "Reconstruction",
+    "Search",
+    "Sensitivity",
     "SparseGPT",
     "Taylor",
     "Uniform",
@@ -88,6 +103,7 @@ __all__ = [
     "recalibrate",
     "rewind",
     "rounds_to",
+    "scan",
     "settle",
     "train_through_mask",
     "with_teacher",

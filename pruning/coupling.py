@@ -14,8 +14,8 @@ the ids that reach them: these channels stay, and the reason is kept. Nothing is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -112,6 +112,30 @@ class Coupling:
     axes: dict[tuple[str, int], Ids] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     norms: list[tuple[Ids, str]] = field(default_factory=list)
+
+
+def without(coupling: Coupling, kept: Mapping[tuple[str, int], Tensor]) -> Coupling:
+    """The coupling of the model after a cut, without tracing it again.
+
+    Args:
+        kept: (name of a parameter or buffer, axis) -> int64 positions that stay.
+    """
+    sets = coupling.sets
+    gone: set[int] = set()
+    for key, stays in kept.items():
+        roots = sets.roots(coupling.axes[key])
+        gone |= {*roots.tolist()} - {*roots[stays.cpu().numpy()].tolist()}
+    lost = sorted(gone)
+
+    def left(ids: Ids) -> Ids:
+        return ids[~np.isin(sets.roots(ids), lost)]
+
+    return Coupling(
+        sets,
+        {key: left(ids) for key, ids in coupling.axes.items()},
+        [replace(use, inputs=left(use.inputs)) for use in coupling.uses],
+        [(left(ids), name) for ids, name in coupling.norms],
+    )
 
 
 class Tracer:

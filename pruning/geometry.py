@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from slimgemm.kernels.timing import Times
 from slimgemm.pruning.cost import count_macs
 from slimgemm.pruning.coupling import FIXED, Coupling, Ids
 from slimgemm.pruning.energy import HOROWITZ45, EnergyTable
@@ -85,10 +86,12 @@ class ModelLatency:
     Args:
         table: of the layers.
         rest: activation bytes of a measured model -> microseconds beyond its layers.
+        others: times of other calls that were measured along with them.
     """
 
     table: LatencyTable
     rest: dict[int, float] = field(default_factory=dict)
+    others: dict[str, Times] = field(default_factory=dict)
 
     def rest_us(self, activation_bytes: float) -> float:
         """Microseconds beyond the layers.

@@ -31,7 +31,7 @@ DENSE = "dense"
 # Layers timed in turn in one round: many, so that all meet the same clocks and the same load; but
 # they are all in memory at once.
 TOGETHER, TOGETHER_BYTES = 512, 1 << 30
-Twin = Callable[[nn.Module], nn.Module]
+Twin = Callable[[nn.Module, int, int], nn.Module]
 Width = tuple[int, int]
 
 
@@ -69,8 +69,8 @@ class LatencyTable:
     Args:
         device: where layers are timed.
         path: the file; None is one in the cache folder, named by device and versions.
-        twin: makes the packed module of a layer whose weight is 2:4 already, as
-            SparseLinear24.from_dense does; without it only dense layers are measured.
+        twin: (layer, keep, group) -> packed module of a layer that is keep:group already, as
+            SparseLinear24.from_dense makes; without it only dense layers are measured.
         rounds: measured rounds per layer.
         statistic: which of p20, p50 and p80 a time is; p20 on a machine with other work, whose
             median moves with that work.
@@ -193,12 +193,12 @@ class LatencyTable:
             if self.twin is None:
                 raise ValueError(
                     f"times of {pattern} layers need LatencyTable(twin=...), which packs a layer, "
-                    "as lambda layer: sparse_ops.SparseLinear24.from_dense(layer)"
+                    "as lambda layer, keep, group: sparse_ops.SparseLinear24.from_dense(layer)"
                 )
             keep, group = (int(part) for part in pattern.split(":"))
             set_mask(module, NofM(keep, group).mask(module.weight.abs().float()))  # type: ignore
             try:
-                module = self.twin(module)
+                module = self.twin(module, keep, group)
             except ValueError:
                 return None
 

@@ -137,7 +137,7 @@ class NetAdaptSearch:
         key = f"step {place}"
         if key not in journal:
             before = self._snapshot(place - 1)
-            space = self.task.space(before.model) if place else self.task.dense_space
+            space = self.task.space(before.model, before.surgery)
             found = list(self._candidates(space, before, place))
             if not found:
                 return False

@@ -45,6 +45,7 @@ def measure_latency(
     *,
     points: int = POINTS,
     after: Callable[[int, int], None] | None = None,
+    also: Mapping[str, Callable[[], Any]] | None = None,
 ) -> ModelLatency:
     """Measure what `space.costs` needs for a latency.
 
@@ -53,6 +54,7 @@ def measure_latency(
         table: gains what is missing.
         points: widths per axis of a layer's grid.
         after: called with (layers done, layers in all).
+        also: other calls, timed in the same rounds; their times are in `others` of the answer.
     """
     wanted = wanted_times(space, points)
     if table.twin is None:
@@ -60,8 +62,9 @@ def measure_latency(
     allocations = {a.key: a for a in (*map(space.uniform, SHARES), space.least({}))}
     models = {key: space.apply(allocation)[0].eval() for key, allocation in allocations.items()}
     calls = {key: forward_of(model, space.example_inputs) for key, model in models.items()}
-    times = table.measure(wanted, None if after is None else lambda n: after(n, len(wanted)), calls)
-    latency = ModelLatency(table)
+    told = None if after is None else lambda n: after(n, len(wanted))
+    times = table.measure(wanted, told, {**calls, **(also or {})})
+    latency = ModelLatency(table, others={name: times[name] for name in also or {}})
     rest: dict[int, list[float]] = {}
     for key, allocation in allocations.items():
         gone = space.gone(allocation.channels)

@@ -115,6 +115,9 @@ class Choices:
 class Space:
     """The choices for one model as it is now; the model itself is never changed.
 
+    Args:
+        coupling: of this model, where it is known; it is traced otherwise.
+
     Raises:
         ValueError: nothing can be pruned, a weight is not finite, or the model cannot be traced.
     """
@@ -125,6 +128,7 @@ class Space:
         example_inputs: Inputs,
         choices: Choices,
         latency: ModelLatency | None = None,
+        coupling: Coupling | None = None,
     ) -> None:
         self.model, self.example_inputs, self.choices = model, example_inputs, choices
         layers = find_layers(model, choices.ignore)
@@ -135,7 +139,7 @@ class Space:
         for layer in chosen:
             check_finite(layer.name, layer.weight)
         pinned = channels.pinned_by(model, layers, choices.ignore)
-        self.coupling = trace(model, example_inputs, pinned)
+        self.coupling = coupling or trace(model, example_inputs, pinned)
         self.scores = scores_of(
             model, chosen, example_inputs, choices.score, choices.seed, self.coupling,
             choices.calibration,

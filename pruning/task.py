@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from slimgemm.pruning.channels import Surgery
+from slimgemm.pruning.coupling import without
 from slimgemm.pruning.geometry import UNITS, Costs, Geometry, ModelLatency
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
 from slimgemm.pruning.journal import Journal
@@ -125,11 +127,13 @@ class Task:
     @functools.cached_property
     def dense_space(self) -> Space:
         """What can be chosen for the dense model; traced once."""
-        return self.space(self.model)
+        return Space(self.model, self.example_inputs, self.choices, self.latency)
 
-    def space(self, model: nn.Module) -> Space:
-        """What can be chosen for a model."""
-        return Space(model, self.example_inputs, self.choices, self.latency)
+    def space(self, model: nn.Module, surgery: Surgery | None) -> Space:
+        """What can be chosen for a model that was cut from the dense one."""
+        known = self.dense_space.coupling
+        known = known if surgery is None else without(known, surgery.slices)
+        return Space(model, self.example_inputs, self.choices, self.latency, known)
 
     def geometry(self, model: nn.Module) -> Geometry:
         """Shapes and costs of a model as it is; nothing is traced."""

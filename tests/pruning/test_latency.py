@@ -96,7 +96,7 @@ def test_packed_layers_go_through_the_callable(tmp_path, table, site):
         table.measure([(site, "2:4", (8, 16))])
     seen = []
 
-    def twin(layer):
+    def twin(layer, keep, group):
         seen.append(mask_of(layer).float().mean().item())
         if layer.out_features == 4:
             raise ValueError("too small")

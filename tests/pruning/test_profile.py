@@ -32,7 +32,7 @@ def space(residual, normal):
 
 
 def test_what_is_measured_covers_every_allocation(space, tmp_path):
-    table = Linearly(path=tmp_path / "t.json", twin=lambda layer: layer)
+    table = Linearly(path=tmp_path / "t.json", twin=lambda layer, *pattern: layer)
     space.geometry.latency = measure_latency(space, table)
     halves = {n: "2:4" for n, words in space.maskable.items() if words}
     for allocation in (Allocation(), space.uniform(0.3), space.least(), Allocation({}, halves)):

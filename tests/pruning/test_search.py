@@ -230,7 +230,7 @@ def clock(monkeypatch, tmp_path):
         monkeypatch.setattr(search_module, "forward_times", forward_times)
         monkeypatch.setattr(search_module, "layer_times", layer_times)
         monkeypatch.setattr(profile, "forward_times", forward_times)
-        return Known(path=tmp_path / "table.json", twin=lambda layer: layer)
+        return Known(path=tmp_path / "table.json", twin=lambda layer, *pattern: layer)
 
     return install
 

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from slimgemm.pruning import Channels, Magnitude, NofM, SparseGPT, Unstructured, Wanda, count_macs
+from slimgemm.pruning.coupling import without
 from slimgemm.pruning.masks import mask_of
 from slimgemm.pruning.space import MOST_OPTIONS, Allocation, Choices, Space, group_of
 
@@ -106,3 +107,16 @@ def test_scores_that_need_data(mlp, normal):
         space.values["0"], Space(mlp, normal(3, 16), Choices(score=Magnitude())).values["0"]
     )
     check_prediction(space, Allocation({"0": 8}))
+
+
+def test_the_coupling_of_a_cut_model_is_the_traced_one(residual, image):
+    space = Space(residual, image, Choices())
+    model, surgery = space.apply(space.uniform(0.4))
+    traced = Space(model, image, Choices())
+    derived = Space(model, image, Choices(), coupling=without(space.coupling, surgery.slices))
+    assert derived.options == traced.options
+    for name, options in traced.options.items():
+        allocation = Allocation({name: options[len(options) // 2]})
+        assert derived.costs(allocation) == traced.costs(allocation)
+        mine, theirs = (s.apply(allocation)[0].state_dict() for s in (derived, traced))
+        assert all(torch.equal(value, theirs[key]) for key, value in mine.items())

@@ -1,0 +1,187 @@
+"""`slimgemm prune`, `inspect` and `verify`: search under limits, and look at what was saved."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+COLUMNS = 100  # of tables, where stdout is no terminal
+EXTENSIONS = "my_module:function, found from the present folder or among installed modules"
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong on stderr and leave with this exit code."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def named(place: str) -> Any:
+    """The object that "module:name" names.
+
+    Raises:
+        ValueError: there is no such module or name.
+    """
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise ValueError(f"{place!r} must be module:function")
+    folder = os.getcwd()
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{place}: {error}; run it where {module}.py lies") from error
+    except AttributeError as error:
+        raise ValueError(f"{place}: {error}") from error
+    finally:
+        if added:
+            sys.path.remove(folder)
+    if not callable(found):
+        raise ValueError(f"{place} is a {type(found).__name__}, it must be a function")
+    return found
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=COLUMNS)
+
+
+def prune(
+    model: Annotated[str, typer.Argument(help=f"Makes the trained dense model: {EXTENSIONS}.")],
+    data: Annotated[
+        str,
+        typer.Argument(help="Makes (training loader, test loader) of (inputs, target): the same."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for model/, search/ and the report.")] = Path(
+        "out"
+    ),
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Most that the metric may lose."),
+    ] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Of a forward, measured.")] = None,
+    max_macs: Annotated[float | None, typer.Option(help="Of a forward.")] = None,
+    max_params: Annotated[float | None, typer.Option(help="Parameters kept.")] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Of the model as stored.")] = None,
+    max_energy_mj: Annotated[float | None, typer.Option(help="Of a forward, predicted.")] = None,
+    method: Annotated[str, typer.Option(help="netadapt, pareto, amc.")] = "netadapt",
+    minimise: Annotated[
+        str, typer.Option(help="What falls under --max-drop alone: macs, params, latency_ms, ...")
+    ] = "macs",
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="channels, 2:4, 1:4, ...; repeat. Default: channels.")
+    ] = None,
+    multiple_of: Annotated[int, typer.Option(min=1, help="Of widths after channels.")] = 8,
+    metric: Annotated[
+        str, typer.Option(help="accuracy (percent), loss, or your own: module:function of a model.")
+    ] = "accuracy",
+    loss: Annotated[
+        str, typer.Option(help="module:function of (outputs, target).")
+    ] = "torch.nn.functional:cross_entropy",
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows that a forward has. Default: a test batch."),
+    ] = None,
+    short: Annotated[int, typer.Option(min=0, help="Steps of training after each candidate.")] = 20,
+    long: Annotated[int, typer.Option(min=0, help="Steps of training at the end.")] = 500,
+    rate: Annotated[float, typer.Option(help="Highest learning rate (Adam).")] = 1e-3,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay: names, or re:REGEX; repeat.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Of fine-tuning and search.")] = 0,
+) -> None:
+    """Search how much to prune where under limits, fine-tune, pack, verify and save.
+
+    Killed and started again with the same options it goes on where it was (--out/search).
+    Exit code 1 if the limits cannot be met or verification fails, 2 for bad input.
+    """
+    limits = {
+        "max_drop": max_drop, "max_latency_ms": max_latency_ms, "max_macs": max_macs,
+        "max_params": max_params, "max_bytes": max_bytes, "max_energy_mj": max_energy_mj,
+    }  # fmt: skip
+    from slimgemm.benchmarks import prune_job
+    from slimgemm.pruning.task import Infeasible
+
+    options = {
+        "method": method, "minimise": minimise, "short": short, "long": long, "seed": seed,
+        "ignore": tuple(ignore or ()), **limits,
+    }  # fmt: skip
+    try:
+        job = prune_job.Job(
+            make_model=named(model), make_data=named(data), out=out, metric=metric,
+            named=named, loss=named(loss), patterns=tuple(pattern or ("channels",)),
+            multiple_of=multiple_of, rows=rows, rate=rate, device=device, options=options,
+        )  # fmt: skip
+        result = job.run(_console())
+    except Infeasible as error:
+        fail(str(error), 1)
+    except ValueError as error:
+        fail(str(error), 2)
+    if not result.ok:
+        fail(f"verification failed: {result.violations[0]}", 1)
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Written by sparse_ops.save or slimgemm prune.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """What a saved folder holds: each layer, what was done to it, and its bytes.
+
+    Exit code 2 if it is no checkpoint or damaged.
+    """
+    from slimgemm.benchmarks import saved
+
+    try:
+        contents = saved.contents(folder)
+    except ValueError as error:
+        fail(str(error), 2)
+    typer.echo(json.dumps(contents, indent=1) if as_json else saved.table(contents))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Written by sparse_ops.save or slimgemm prune.")],
+    model: Annotated[
+        str | None, typer.Argument(help=f"Makes the dense model, to load it into: {EXTENSIONS}.")
+    ] = None,
+) -> None:
+    """Check a saved folder: digests, every group of every packed weight, and that it loads.
+
+    Exit code 1 if something is wrong, 2 if there is no checkpoint to check.
+    """
+    from slimgemm.benchmarks import saved
+
+    if not folder.is_dir():
+        fail(f"{folder} is no folder", 2)
+    make: Callable[[], nn.Module] | None = None
+    try:
+        make = None if model is None else named(model)
+    except ValueError as error:
+        fail(str(error), 2)
+    checks = saved.checks(folder, make)
+    for check in checks:
+        typer.echo(f"{'ok   ' if check.ok else 'WRONG'}  {check.what}: {check.detail}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the three commands to the command line."""
+    for command in (prune, inspect, verify):
+        app.command()(command)

@@ -1,0 +1,46 @@
+import pytest
+
+from slimgemm.pruning import Channels, NetAdapt, NofM, Search, count_macs
+from slimgemm.pruning.netadapt import _price
+
+
+def records(blobs, **options):
+    macs = count_macs(blobs.model, blobs.example).macs
+    search = Search(
+        blobs.accuracy, max_macs=0.5 * macs, finetune=blobs.tune, short=2, show=False,
+        method=NetAdapt(step=0.15, decay=0.9), patterns=(Channels(), NofM(2, 4)), **options,
+    )  # fmt: skip
+    return macs, search.run(blobs.model, blobs.example)
+
+
+def test_each_step_takes_the_candidate_that_loses_least_per_saving(blobs):
+    macs, found = records(blobs)
+    steps = [r for r in found.records if r["kind"] == "step"]
+    assert len(steps) >= 2
+    before, spent = found.dense_value, macs
+    for place, step in enumerate(steps):
+        tried = [
+            r
+            for r in found.records
+            if r["kind"] == "candidate" and r["key"].startswith(f"step {place} ")
+        ]
+        assert len(tried) >= 2
+        best = min(tried, key=lambda r: _price(before - r["value"], r["saving"]))
+        assert step["allocation"] == best["allocation"] and step["value"] == best["value"]
+        # every channel candidate saves what the step asks, or is the most that its group can
+        goal = 2 * 0.15 * 0.9**place  # in units of the limit, which is half of dense
+        limited = min(goal, spent / (0.5 * macs) - 1)
+        assert any(r["saving"] >= limited - 1e-9 for r in tried)
+        before, spent = step["value"], step["costs"]["macs"]
+    assert steps[-1]["costs"]["macs"] <= 0.5 * macs < min(s["costs"]["macs"] for s in steps[:-1])
+
+
+def test_price():
+    assert _price(1.0, 0.5) > _price(1.0, 1.0) > 0 > _price(-1.0, 0.5) > _price(-1.0, 1.0)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="0 < step < 1"):
+        NetAdapt(step=1.0)
+    with pytest.raises(ValueError, match="0 < decay <= 1"):
+        NetAdapt(decay=0.0)
