@@ -257,7 +257,7 @@ def host_us(call, number=2000):
 
 
 def test_a_decision_costs_the_host_little():
-    """Generous: it is about 2 us on one core of an EPYC, and the machine may be busy."""
+    """Generous: it is 1.2 us on one core of an EPYC, and the machine may be busy."""
     plans, _ = plans_of(FASTEST_FIRST)
     nothing = type("Nothing", (Fake,), {"bind": lambda self, tile, splits: lambda *args: None})
     plans.candidates = {"wgmma_sp": nothing()}
