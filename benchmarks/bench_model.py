@@ -42,7 +42,7 @@ from slimgemm.benchmarks.model_check import (
 from slimgemm.benchmarks.peers import Peers, compiled
 from slimgemm.benchmarks.records import Recorder
 from slimgemm.benchmarks.workloads import Scale, Workload, workloads
-from slimgemm.kernels.timing import Call, Times, capture, time_us
+from slimgemm.kernels.timing import Call, Times, capture, cpu_clock, time_us
 
 SHARE = 0.5  # of the channels that the narrow variants keep
 VARIANTS = ("dense", "dense compiled", "2:4", "channels", "channels and 2:4")
@@ -247,7 +247,7 @@ def measure_model(
     if not calls:
         return [one.row for one in found]
     gpu = device.type == "cuda"
-    eager = time_us(calls, device, rounds=rounds)
+    eager = time_us(calls, device, rounds=rounds, clock=cpu_clock())
     # Optimizers keep steps on the host: a training step is timed as it is called.
     replays = _replays(passed, device) if gpu and not work.train else {}
     graph = time_us(replays, device, rounds=rounds) if replays else {}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from slimgemm.benchmarks.machine import Limits
 from slimgemm.kernels.reference import allowed_error, output_error
-from slimgemm.kernels.timing import Call, Times, capture, percentiles, time_us
+from slimgemm.kernels.timing import Call, Times, capture, cpu_clock, percentiles, time_us
 
 TIMED, REFUSED, MISSING, FAILED = "timed", "refused", "missing", "failed"
 SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -259,7 +259,7 @@ def measure(
         graph: dict[str, Times] = {}
         if passed:
             calls: dict[str, Any] = {e.implementation.name: e.calls for e in passed}
-            eager = time_us(calls, device, rounds=rounds)
+            eager = time_us(calls, device, rounds=rounds, clock=cpu_clock())
         if passed and device.type == "cuda":
             captured: dict[str, Any] = dict(_graphable(passed, device))
             if captured:

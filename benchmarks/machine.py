@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from slimgemm.kernels.timing import time_us
+from slimgemm.kernels.timing import cpu_clock, time_us
 
 ROOT = Path(__file__).resolve().parents[1]
 # nvidia-smi query -> key in the head; those of STATE are read before and after.
@@ -119,6 +119,13 @@ def version(package: str) -> str:
         return "missing: not installed"
 
 
+def clock_name(device: torch.device) -> str:
+    """Which clock times are of."""
+    if device.type == "cuda":
+        return "CUDA events"
+    return "CPU time of one thread" if cpu_clock() is time.thread_time_ns else "wall"
+
+
 def head(device: torch.device, command: str, run: Run = run_text) -> dict[str, str]:
     """Machine, software and command, as the lines that begin a recorded file."""
     gpu = device.type == "cuda"
@@ -129,6 +136,7 @@ def head(device: torch.device, command: str, run: Run = run_text) -> dict[str, s
         **nvidia_smi(device, FIXED, run),
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "threads": str(torch.get_num_threads()),
+        "clock": clock_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -173,7 +181,7 @@ def measure_limits(
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
-    us = time_us(calls, device, graph=gpu, rounds=10)
+    us = time_us(calls, device, graph=gpu, rounds=10, clock=cpu_clock())
     return Limits(2 * size / us["copy"].p50 / 1e6, 2 * side**3 / us["product"].p50 / 1e6)
 
 

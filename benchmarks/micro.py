@@ -18,14 +18,15 @@ import torch
 from slimgemm.benchmarks import machine, records
 
 COMMAND = (
-    "pytest tests/benchmarks/test_bench_cpu.py --benchmark-enable --benchmark-json=micro.json; "
+    "OMP_NUM_THREADS=1 pytest tests/benchmarks/test_bench_cpu.py --benchmark-enable "
+    "--benchmark-timer=time.thread_time --benchmark-json=micro.json; "
     "python -m slimgemm.benchmarks.micro micro.json"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroRow:
-    """One micro-benchmark: quartiles and least of its rounds, microseconds on a CPU."""
+    """One micro-benchmark: quartiles and least of its rounds, microseconds of CPU time."""
 
     group: str
     case: str

@@ -153,13 +153,14 @@ def regressions(old: Record, new: Record) -> list[Change]:
     Rows that only one of the runs has are not compared.
 
     Raises:
-        ValueError: the runs are of different devices, or have no row in common.
+        ValueError: the runs are of different devices or clocks, or have no row in common.
     """
-    if old.head.get("device") != new.head.get("device"):
-        raise ValueError(
-            f"recorded on {old.head.get('device')}, measured on {new.head.get('device')}: times of "
-            "different devices cannot be compared"
-        )
+    for key in ("device", "clock"):
+        if old.head.get(key) != new.head.get(key):
+            raise ValueError(
+                f"recorded with {key} {old.head.get(key)}, measured with {new.head.get(key)}: such "
+                "times cannot be compared"
+            )
     before = {row.key: row for row in old.rows if row.status == TIMED}
     both = [row for row in new.rows if row.key in before]
     if not both:

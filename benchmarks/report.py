@@ -229,41 +229,62 @@ def _demo_table(demo: dict[str, Any]) -> str:
 
 
 def _cpu_table(record: Record) -> str:
-    """Dense and packed products of a CPU file."""
-    pairs: dict[tuple[str, str], dict[str, Row]] = {}
+    """Dense and packed products of a CPU file, a line per layer."""
+    found: dict[str, dict[int, dict[str, Row]]] = {}
     for row in record.rows:
         if row.status == TIMED:
-            pairs.setdefault((row.layer, row.shape), {})[row.implementation] = row
+            of_layer = found.setdefault(row.layer, {})
+            of_layer.setdefault(tokens_of(row), {})[row.implementation] = row
+    tokens = sorted({m for of_layer in found.values() for m in of_layer})
     table = []
-    for (layer, _), found in pairs.items():
-        dense, ours = found["torch dense"], found[OURS]
-        table.append(
-            [layer, str(tokens_of(ours)), number(dense.eager_us_p50), number(ours.eager_us_p50),
-             number(ours.best_dense_over_this)]
-        )  # fmt: skip
-    columns = ("layer", "rows", "dense, µs", "packed, µs", "dense / packed")
-    return markdown(columns, table)
+    for layer, of_layer in found.items():
+        cells = [layer]
+        for m in tokens:
+            dense, ours = of_layer[m]["torch dense"], of_layer[m][OURS]
+            times = f"{number(dense.eager_us_p50)}, {number(ours.eager_us_p50)}"
+            slower = (ours.best_dense_over_this or 0) < 1
+            cells.append(times + " (slower)" * slower)
+        table.append(cells)
+    return markdown(["dense, packed, µs", *(f"{m} rows" for m in tokens)], table)
+
+
+def _layers_text(folder: Path) -> str:
+    """Packed over dense time of the square layers of cpu_layers.json, in a sentence."""
+    path = folder / "cpu_layers.json"
+    if not path.is_file():
+        return ""
+    recorded = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = [
+        f"{number(row['packed_over_dense_p50'])} ({row['case'].removeprefix('linear forward, ')})"
+        for row in recorded
+        if row["case"].startswith("linear forward, ")
+    ]
+    link = "[cpu_layers.json](benchmarks/results/cpu_layers.json)"
+    return f"Packed over dense, square layers ({link}): {', '.join(found)}. "
+
+
+def _gpu_parts(name: str, record: Record) -> list[str]:
+    means = [line for line in geometric_means(record.rows) if line[2] in (OURS, RIVAL)]
+    head = record.head
+    about = (
+        f"{head['device']}, driver {head['driver']}, torch {head['torch']}, triton "
+        f"{head['triton']}, {head['date']}; [every row](benchmarks/results/{name}.csv):"
+    )
+    return [about, markdown(MEANS, means)]
 
 
 def readme_section(folder: Path) -> str:
     """What stands in the project's README between the markers."""
     loaded = load(folder)
-    parts = []
+    parts: list[str] = []
     for name, record in loaded.items():
         if is_gpu(name, record) and name.endswith("_spmm_24"):
-            means = [line for line in geometric_means(record.rows) if line[2] in (OURS, RIVAL)]
-            head = record.head
-            parts.append(
-                f"{head['device']}, driver {head['driver']}, torch {head['torch']}, triton "
-                f"{head['triton']}, {head['date']}; [every row](benchmarks/results/{name}.csv):"
-            )
-            parts.append(markdown(MEANS, means))
-    if not parts:
-        parts.append("No GPU has run this tree yet: there is no speed-up to show.")
+            parts += _gpu_parts(name, record)
+    first = "" if parts else "No GPU has run this tree yet: there is no speed-up to show. "
     demo = json.loads((folder / "cpu_demo.json").read_text(encoding="utf-8"))
     hardware = demo["hardware"]
     parts.append(
-        f"On a CPU ({hardware['cpu']}, torch {demo['versions']['torch']}, threads: "
+        f"{first}On a CPU ({hardware['cpu']}, torch {demo['versions']['torch']}, threads: "
         f"{hardware['threads']}), `{demo['command']}` on handwritten digits, "
         f"{demo['date']} ([all numbers](benchmarks/results/cpu_demo.json)):"
     )
@@ -272,13 +293,13 @@ def readme_section(folder: Path) -> str:
     if cpu:
         head = cpu.head
         parts.append(
-            f"One layer, fp32 ({head['device']}, torch {head['torch']}, threads: "
-            f"{head['threads']}, {head['date']}; `{head['command']}`):"
+            f"One layer, fp32 ({head['device']}, torch {head['torch']}, {head['date']}, "
+            f"{head['clock']}; `{head['command']}`):"
         )
         parts.append(_cpu_table(cpu))
     parts.append(
-        "Every recorded row, losing ones too: [benchmarks/results](benchmarks/results/README.md). "
-        "2:4 on real models without fine-tuning: [pruning.md](benchmarks/results/pruning.md)."
+        f"{_layers_text(folder)}Every recorded row, losing ones too: "
+        "[benchmarks/results](benchmarks/results/README.md). 2:4 on real models without fine-tuning: [pruning.md](benchmarks/results/pruning.md)."
     )
     return "\n\n".join(parts)
 

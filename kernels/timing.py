@@ -70,10 +70,17 @@ def _gpu_us(run: Call, flush: torch.Tensor | None) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def _cpu_us(run: Call) -> float:
-    start = time.perf_counter_ns()
+def _cpu_us(run: Call, clock: Callable[[], int]) -> float:
+    start = clock()
     run()
-    return (time.perf_counter_ns() - start) / 1e3
+    return (clock() - start) / 1e3
+
+
+def cpu_clock() -> Callable[[], int]:
+    """Nanoseconds of CPU time where torch has one thread, which other processes on the machine do
+    not lengthen by taking turns; of the wall where it has several.
+    """
+    return time.thread_time_ns if torch.get_num_threads() == 1 else time.perf_counter_ns
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:
@@ -95,6 +102,7 @@ def time_us(
     flush: bool = True,
     rounds: int = 30,
     warmup: int = 3,
+    clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Times]:
     """Microseconds of each of `calls`, measured in turn in every round.
 
@@ -106,6 +114,7 @@ def time_us(
         graph: replay a CUDA graph of the calls, without the host's share; needs a GPU.
         flush: on a GPU, empty the L2 cache before each measurement.
         rounds, warmup: measured rounds, and rounds before them that are thrown away.
+        clock: nanoseconds, for calls on a CPU.
     Raises:
         ValueError: no calls, no rounds, or `graph` without a GPU.
         RuntimeError: a call cannot be captured in a graph; torch says why.
@@ -117,7 +126,8 @@ def time_us(
         raise ValueError(f"a CUDA graph needs a CUDA device, got {device}")
     lists = {name: [c] if callable(c) else list(c) for name, c in calls.items()}
     if device.type != "cuda":
-        return _measure({n: (_in_turn(c), 1) for n, c in lists.items()}, _cpu_us, rounds, warmup)
+        in_turn = {name: (_in_turn(several), 1) for name, several in lists.items()}
+        return _measure(in_turn, lambda run: _cpu_us(run, clock), rounds, warmup)
     with torch.cuda.device(device):
         buffer = flush_buffer(device) if flush else None
         runs: dict[str, tuple[Call, int]] = {}

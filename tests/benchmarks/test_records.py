@@ -91,8 +91,10 @@ def test_a_row_that_is_no_longer_timed_is_a_regression():
 
 
 def test_runs_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match="AMD EPYC, measured on NVIDIA H200"):
+    with pytest.raises(ValueError, match="device AMD EPYC, measured with NVIDIA H200"):
         compared([row()], [row()], device="NVIDIA H200")
+    with pytest.raises(ValueError, match="clock wall, measured with None"):
+        regressions(Record({**HEAD, "clock": "wall"}, [row()]), Record(HEAD, [row()]))
     with pytest.raises(ValueError, match="no timed row in common"):
         compared([row()], [row(layer="b")])
 

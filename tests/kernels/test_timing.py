@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from slimgemm.kernels.timing import Times, percentiles, time_us
+from slimgemm.kernels.timing import Times, cpu_clock, percentiles, time_us
 
 
 def test_calls_take_turns_in_every_round_and_sets_rotate():
@@ -23,6 +23,15 @@ def test_the_time_is_that_of_the_call():
     times = time_us({"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, "cpu", rounds=5)
     assert times["sleep"].p20 >= 10_000
     assert times["nothing"].p50 < 1_000
+
+
+def test_cpu_time_of_one_thread_does_not_count_waiting(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    slept = time_us({"nap": lambda: time.sleep(0.02)}, "cpu", rounds=3, clock=cpu_clock())
+    assert slept["nap"].p50 < 10_000
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    waited = time_us({"nap": lambda: time.sleep(0.02)}, "cpu", rounds=3, clock=cpu_clock())
+    assert waited["nap"].p50 >= 20_000
 
 
 def test_percentiles():
