@@ -33,7 +33,7 @@ UNPACK_24_TILE = (8, 256)  # rows, dense columns
 # Rows of x or dy -> tile, see `tile_for`. What a launcher owns and what it walks differs by op; its
 # docstring says which.
 SPMM_24_TILES = (
-    Tile(16, 64, 64),
+    Tile(16, 64, 64, 4, 4),
     Tile(32, 64, 64),
     Tile(64, 64, 64, 8),
     Tile(128, 64, 32, 8),
@@ -45,9 +45,10 @@ GEMM_CHANNELS_TILES = (
     Tile(16, 64, 128, 4, 4),
     Tile(32, 64, 128, 4, 4),
     Tile(64, 64, 64, 4, 4),
-    Tile(128, 128, 32, 8, 4),
+    Tile(128, 128, 32, 8),
 )
-CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 32, 8, 4), Tile(128, 64, 32, 8, 4))
+# An address for each element of a gathered tap: a tile of 128 x 64 spills (352 bytes in tf32).
+CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 32, 8))
 
 # Weight gradients walk m, and own n x k.
 SPMM_24_WGRAD_TILE = Tile(32, 64, 64, 8)
@@ -79,11 +80,11 @@ def few_channels(*channels: int) -> bool:
 def tile_for(tiles: tuple[Tile, ...], rows: int, itemsize: int = 2) -> Tile:
     """The first of `tiles` whose `m` holds all `rows`, else the last; for tensor cores.
 
-    Operands of 4 bytes get half of `k`: a thread's part of a deeper step does not fit its
-    registers (up to 552 bytes spilled in tf32).
+    Operands of 4 bytes get half of a `k` above 32: a thread's part of a deeper step does not fit
+    its registers (up to 552 bytes spilled in tf32).
     """
     tile = next((t for t in tiles if rows <= t.m), tiles[-1])
-    return tile if itemsize < 4 else tile._replace(k=tile.k // 2)
+    return tile if itemsize < 4 else tile._replace(k=max(tile.k // 2, 32))
 
 
 def spmm_tile(rows: int, itemsize: int, scalar: bool) -> Tile:
@@ -115,14 +116,12 @@ def channels_tile(
     """The tile of gemm_channels and conv2d_channels, one of `tiles` where there are tensor cores.
 
     `ragged` where 16 does not divide the channels or they are no runs: each element of the output
-    then needs an address. Such a last tile spills, and so does one of 4-byte operands, unless it
-    has half of its columns.
+    then needs an address, and a tile of 128 columns spills, as does one of 4-byte operands.
     """
     if scalar:
         return tile_for(CHANNELS_SCALAR_TILES, rows)
     tile = tile_for(tiles, rows, itemsize)
-    half = (ragged or itemsize == 4) and tile.m == tiles[-1].m
-    return tile._replace(n=tile.n // 2) if half else tile
+    return tile._replace(n=min(tile.n, 64)) if ragged or itemsize == 4 else tile
 
 
 def split_count(programs: int, steps: int, multiprocessors: int, limit: int = 16) -> int:

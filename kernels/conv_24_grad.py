@@ -269,8 +269,10 @@ def conv2d_24_wgrad(
     if tile is None and few_channels(conv.out // groups, conv.channels):
         channels = every_channel(x.shape[1]), every_channel(conv.out)
         dvalues = torch.empty_like(w.values)
-        geometry = conv.kernel, conv.stride, conv.corner, conv.dilation, groups
-        return few_wgrad(dy, x, dvalues, *channels, *geometry, w, split)
+        return few_wgrad(
+            dy, x, dvalues, *channels,
+            conv.kernel, conv.stride, conv.corner, conv.dilation, groups, w, split,
+        )  # fmt: skip
     size = dy.shape[2:]
     pixels, n = dy.shape[0] * size[0] * size[1], conv.out // groups
     precision = conv_precision(dy.dtype)

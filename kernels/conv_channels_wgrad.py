@@ -136,8 +136,10 @@ def conv2d_channels_wgrad(
         return dw
     (stride_h, stride_w), (top, _, left, _), (dilation_h, dilation_w), _ = geometry
     if tile is None and few_channels(n, k):
-        options = geometry.stride, (top, left), geometry.dilation, groups
-        return few_wgrad(dy, x, dw, ins, outs, kernel, *options, None, split)
+        return few_wgrad(
+            dy, x, dw, ins, outs,
+            kernel, geometry.stride, (top, left), geometry.dilation, groups, None, split,
+        )  # fmt: skip
     pixels = dy.shape[2] * dy.shape[3]
     m = dy.shape[0] * pixels
     precision = conv_precision(dy.dtype)

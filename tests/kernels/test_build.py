@@ -34,13 +34,14 @@ TIGHT = [
     Build("spmm_24_dgrad", "64x64x32 w8 s3 ragged", "tf32", "sm_120"),
     Build("spmm_24_dgrad", "64x64x64 w8 s3 ragged", "fp16", "sm_120"),
     Build("spmm_24_dgrad", "64x64x64 w8 s3 ragged", "fp16", "sm_100"),
-    Build("spmm_24_dgrad", "128x64x16 w8 s3 ragged", "tf32", "gfx942"),
+    Build("spmm_24_dgrad", "128x64x32 w8 s3 ragged", "tf32", "gfx942"),
     Build("spmm_24_dgrad", "32x64x64 w4 s3", "fp16", "gfx950"),
+    Build("spmm_24", "16x64x32 w4 s4 1:8", "tf32", "sm_86"),
     Build("spmm_24_wgrad", "ragged", "tf32", "sm_100"),
     Build("spmm_24_wgrad", "ragged", "fp16", "sm_120"),
-    Build("conv2d_channels", "m 127 ragged", "fp16", "sm_90"),
-    Build("conv2d_channels", "m 127 odd", "tf32", "sm_100"),
-    Build("conv2d_channels_dgrad", "m 128", "tf32", "sm_100"),
+    Build("conv2d_channels", "m 63 ragged", "fp16", "sm_90"),
+    Build("conv2d_channels", "m 63 odd", "tf32", "sm_120"),
+    Build("conv2d_channels_dgrad", "m 64", "tf32", "sm_100"),
 ]
 
 
@@ -117,17 +118,17 @@ def test_the_sparse_tensor_cores_are_used(quick):
 def test_packed_values_are_read_16_bytes_at_a_time():
     """16 rows, 4 warps: a thread reads dy in 1 load, the values in 2, and 4 bytes of metadata in 1.
 
-    The loop and the two steps that run ahead of it make that three times. On ragged sizes the 4
+    The loop and the three steps that run ahead of it make that four times. On ragged sizes the 4
     values of a byte of metadata stay 8 bytes together.
     """
     aligned, ragged = run(
         [
-            Build("spmm_24_dgrad", "16x64x64 w4 s3", "fp16", "sm_80"),
-            Build("spmm_24_dgrad", "16x64x64 w4 s3 ragged", "fp16", "sm_80"),
+            Build("spmm_24_dgrad", "16x64x64 w4 s4", "fp16", "sm_80"),
+            Build("spmm_24_dgrad", "16x64x64 w4 s4 ragged", "fp16", "sm_80"),
         ],
         jobs=1,
     )
-    assert aligned.loads == {"16": 9, "4": 3}
+    assert aligned.loads == {"16": 12, "4": 4}
     assert ragged.loads["8"] > 0 and "16" not in ragged.loads
 
 
