@@ -15,6 +15,7 @@ from typing import NamedTuple
 from slimgemm.benchmarks import machine, records
 from slimgemm.benchmarks.bench import Settings
 from slimgemm.benchmarks.shapes import LINEARS, TOKENS
+from slimgemm.kernels.formats import values_per_byte
 
 BUILD_ARCHS = ("sm_80", "sm_90")
 BUILD_OPS = ("spmm_24", "spmm_24_mma_sp", "spmm_24_wgmma_sp")
@@ -124,15 +125,30 @@ def build_row(report) -> BuildRow:
     cores = ", ".join(f"{count} x {name}" for name, count in sorted(report.tensor_core.items()))
     status = "sound" if report.sound else "not sound"
     status = report.error or report.unsupported or status
-    numbers = (report.registers, report.spill_bytes, report.smem_bytes, cores)
-    tile = tile_of(report.op, report.case) if cores else None
+    row = BuildRow(*names, status, report.registers, report.spill_bytes, report.smem_bytes, cores)
+    return with_bytes(row) if cores else row
+
+
+def with_bytes(row: BuildRow) -> BuildRow:
+    """`row` with what its tile reads, where its label says the tile."""
+    tile = tile_of(row.op, row.case)
     if tile is None:
-        return BuildRow(*names, status, *numbers)
-    itemsize = 4 if report.dtype in ("fp32", "tf32") else 2
+        return row
+    itemsize = 4 if row.dtype in ("fp32", "tf32") else 2
+    pattern = re.search(r"(\d):(\d)", row.case)
+    keep, group = (int(pattern[1]), int(pattern[2])) if pattern else (2, 4)
     rows, tokens = tile
-    weight, x = rows * COLUMNS * (4 * itemsize + 1) // 8, tokens * COLUMNS * itemsize
-    rate = 2 * rows * tokens * COLUMNS / (weight + x)
-    return BuildRow(*names, status, *numbers, rows, tokens, weight, x, rate)
+    # One byte of metadata for eight weights, beside the kept ones of them.
+    weight = rows * COLUMNS // 8 * (values_per_byte(keep, group) * itemsize + 1)
+    x = tokens * COLUMNS * itemsize
+    return dataclasses.replace(
+        row,
+        tile_rows=rows,
+        tile_tokens=tokens,
+        weight_bytes=weight,
+        x_bytes=x,
+        flop_per_byte=2 * rows * tokens * COLUMNS / (weight + x),
+    )
 
 
 def run(op: str, s: Settings) -> tuple[Path, str]:

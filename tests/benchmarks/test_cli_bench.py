@@ -127,6 +127,9 @@ def test_figures_of_a_build(tmp_path, monkeypatch):
     assert (first.weight_bytes, first.x_bytes) == (32 * 128 * 9 // 8, 8 * 128 * 2)
     assert first.flop_per_byte == pytest.approx(2 * 32 * 8 * 128 / (4608 + 2048), rel=1e-5)
     assert second.status == "not sound" and second.tile_rows is None
+    # One value of two bytes and a byte of metadata for eight weights.
+    sparser = bench_paper.with_bytes(dataclasses.replace(second, case="16x64x64 w4 s3 1:8"))
+    assert sparser.weight_bytes == 64 * 128 // 8 * 3
 
 
 def test_the_recorded_command_measures_the_same_again():
