@@ -8,6 +8,7 @@ passed, in turn, with a cold L2: eager (the host's share included) and as a capt
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,6 @@ class Implementation:
         moved_bytes: least bytes that the call reads and writes, metadata included.
         read: output of the call -> tensor to compare with the exact one.
         check: instead of the tolerance rule, where results legitimately differ.
-        eager_only: the call cannot be captured, or is itself about the host.
         note: what the row says beside its times, asked for after the call was prepared.
     """
 
@@ -60,7 +60,6 @@ class Implementation:
     moved_bytes: int
     read: Callable[[Any], Tensor] = lambda out: out
     check: Check | None = None
-    eager_only: bool = False
     note: Callable[[], str] = str
 
 
@@ -181,6 +180,8 @@ class _Entry:
     reason: str = ""
     error: float = 0.0
     allowed: float = math.inf
+    # Checks another output of the first call.
+    check: Callable[[Any], tuple[float, float]] | None = None
 
     def fail(self, status: str, reason: str) -> None:
         self.status, self.reason = status, reason
@@ -192,7 +193,8 @@ def _try(entry: _Entry, given: Inputs, rule: Check) -> None:
     one = entry.implementation
     try:
         call = one.prepare(given)
-        error, allowed = (one.check or rule)(given, one.read(call()))
+        check = functools.partial(one.check or rule, given)
+        error, allowed = check(one.read(call()))
     except Missing as why:
         return entry.fail(MISSING, str(why))
     except Wrong as why:
@@ -203,9 +205,15 @@ def _try(entry: _Entry, given: Inputs, rule: Check) -> None:
     if not entry.calls or not error * entry.allowed <= entry.error * allowed:
         entry.error, entry.allowed = error, allowed
     if not error <= allowed:  # also catches NaN
-        return entry.fail(REFUSED, f"error {error:.2e} > {allowed:.2e} allowed; not timed")
+        return entry.fail(REFUSED, too_large(error, allowed))
+    entry.check = entry.check or (lambda out: check(one.read(out)))
     entry.calls.append(call)
     return None
+
+
+def too_large(error: float, allowed: float) -> str:
+    """Why a result is refused."""
+    return f"error {error:.2e} > {allowed:.2e} allowed; not timed"
 
 
 def _check_all(case: Case, device: torch.device, sets: int) -> list[_Entry]:
@@ -221,17 +229,28 @@ def _check_all(case: Case, device: torch.device, sets: int) -> list[_Entry]:
 
 
 def _graphable(entries: Sequence[_Entry], device: torch.device) -> dict[str, list[Call]]:
-    """The calls of those that a CUDA graph can hold; the others say why not."""
+    """The calls of those that a CUDA graph can hold and repeats rightly; the others say why not."""
     found = {}
     for entry in entries:
-        if entry.implementation.eager_only:
-            continue
+        assert entry.check is not None
+        outputs: list[Any] = []
         try:
-            capture(entry.calls[:1], device)
+            # The last output is the graph's own: nothing has been computed there before replay.
+            capture([functools.partial(_keep, outputs, entry.calls[0])], device).replay()
+            error, allowed = entry.check(outputs[-1])
+        except RuntimeError as why:
+            entry.reason = f"no graph: {first_line(why)}"
+            continue
+        if error <= allowed:
             found[entry.implementation.name] = entry.calls
-        except RuntimeError as error:
-            entry.reason = f"no graph: {first_line(error)}"
+        else:
+            entry.error, entry.allowed = error, allowed
+            entry.fail(REFUSED, f"as a CUDA graph: {too_large(error, allowed)}")
     return found
+
+
+def _keep(outputs: list[Any], call: Call) -> None:
+    outputs[:] = [call()]
 
 
 def measure(

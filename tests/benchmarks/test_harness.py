@@ -180,6 +180,14 @@ def test_rates_and_ratios(monkeypatch):
     assert rows["torch dense"].best_dense_over_this == pytest.approx(2.5 / 3)
 
 
+class Graph:
+    """A captured graph whose calls ran when it was captured."""
+
+    @staticmethod
+    def replay():
+        pass
+
+
 class FakeGpu:
     """torch.cuda as far as the harness asks it; the tensors stay on the CPU."""
 
@@ -201,8 +209,10 @@ class FakeGpu:
 
 def test_on_a_gpu_graphs_are_timed_too_and_what_cannot_be_captured_says_so(monkeypatch):
     def capture(calls, device):
-        if "stubborn" in repr(calls[0]()):
+        calls[0]()
+        if "stubborn" in repr(calls[0].args[0]):
             raise RuntimeError("operation not permitted when stream is capturing")
+        return Graph
 
     gpu = FakeGpu(monkeypatch, capture)
     us = {("slimgemm linear", False): 9.0, ("slimgemm linear", True): 2.0}
@@ -228,6 +238,20 @@ def test_on_a_gpu_graphs_are_timed_too_and_what_cannot_be_captured_says_so(monke
     assert peer.best_dense_over_this == pytest.approx(8 / 7)
     assert ours.peak_call_bytes == 4096 and ours.host_us_p50 > 0
     assert gpu.synchronized > 0
+
+
+def test_a_graph_that_repeats_another_result_is_refused(monkeypatch):
+    def capture(calls, device):
+        calls[0]()
+        calls[0].args[0][0] *= 1.01  # what the replay leaves in the graph's own output
+        return Graph
+
+    FakeGpu(monkeypatch, capture)
+    us = {("slimgemm linear", False): 9.0}
+    monkeypatch.setattr(harness, "time_us", fake_times(us))
+    (row,) = measure(case(one("slimgemm linear", dense)[0]), torch.device("cuda"), LIMITS)
+    assert row.status == "refused" and row.us is None
+    assert row.reason.startswith("as a CUDA graph: error") and 0.009 < row.error < 0.011
 
 
 def test_input_sets_are_three_times_the_l2_but_few(monkeypatch):
