@@ -18,12 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.pruning import channels, report
-from slimgemm.pruning.allocate import Amount, PerLayer, Setting, Uniform
+from slimgemm.pruning.allocate import Amount, Setting, Uniform
 from slimgemm.pruning.cost import ENERGY, Cost, EnergyTable, LayerCost, count_macs
 from slimgemm.pruning.coupling import Coupling
 from slimgemm.pruning.decide import Part, Repair, Request, decide, refitted, scores_of_all
+from slimgemm.pruning.eligible import (
+    check_amount,
+    left_dense,
+    where_packed_wins,
+    with_pattern,
+    with_times,
+)
 from slimgemm.pruning.gradients import GradientScore, mean_gradients
 from slimgemm.pruning.inputs import Inputs
+from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.layers import Layer, check_finite, digest, find_layers
 from slimgemm.pruning.masks import PackedMask, set_mask, unpack_mask
 from slimgemm.pruning.patterns import Channels, Pattern
@@ -31,7 +39,7 @@ from slimgemm.pruning.scores import Context, Function, Magnitude, Score
 from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.trace import trace
 
-SHARE_DIGITS = 1e-6  # an amount equals the share that a pattern fixes up to this
+UNKNOWN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class LayerPlan:
         dense_bytes, pruned_bytes: of the weight; pruned in the pattern's storage.
         macs, pruned_macs: of one forward of the example inputs.
         energy_pj, pruned_energy_pj: of the same forward, relative (see pruning.cost).
+        us, pruned_us: predicted microseconds of one forward, NaN without a latency table.
+        us_measured, pruned_us_measured: from a report of compress, NaN before (Plan.measured).
     """
 
     name: str
@@ -69,6 +79,10 @@ class LayerPlan:
     pruned_macs: int = 0
     energy_pj: float = 0.0
     pruned_energy_pj: float = 0.0
+    us: float = UNKNOWN
+    pruned_us: float = UNKNOWN
+    us_measured: float = UNKNOWN
+    pruned_us_measured: float = UNKNOWN
 
     @property
     def kept_shape(self) -> tuple[int, ...]:
@@ -120,6 +134,21 @@ class Plan:
     def refused(self) -> tuple[LayerPlan, ...]:
         """Entries that are left alone, each with its reason."""
         return tuple(entry for entry in self.entries if entry.refusal is not None)
+
+    def measured(self, rows: Iterable[Any]) -> Plan:
+        """This plan with the times that compress measured, beside the predicted ones.
+
+        Args:
+            rows: `layers` of a sparse_ops.CompressReport: name, us_dense and us_packed of each.
+        """
+        times = {row.name: (row.us_dense, row.us_packed) for row in rows if row.us_dense}
+        entries = tuple(
+            replace(e, us_measured=times[e.name][0], pruned_us_measured=times[e.name][1] or UNKNOWN)
+            if e.name in times
+            else e
+            for e in self.entries
+        )
+        return replace(self, entries=entries)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless every planned weight of the model is the one that was planned."""
@@ -193,6 +222,7 @@ def plan(
     ignore: Sequence[str] = (),
     seed: int = 0,
     energy: str = "horowitz45",
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """Decide what to drop; the model is left as it was.
 
@@ -210,6 +240,8 @@ def plan(
         ignore: names of layers or of their parents, or "re:" and a regex for the full name.
         seed: of scores that draw random numbers.
         energy: name of the energy table in pruning.cost.ENERGY.
+        latency: a table that layers are measured into; the plan then predicts microseconds, and a
+            keep:group layer whose packed kernel is not faster there is left alone.
 
     Returns:
         A Plan: print it, then `apply` it.
@@ -234,8 +266,9 @@ def plan(
             f"{scorer if repair is None else repair} needs calibration data; pass calibration=, an "
             "iterable of model inputs (for scores of gradients, of pairs of inputs and target)"
         )
-    layers = [_with_pattern(layer, pattern) for layer in find_layers(model, ignore)]
-    layers = _left_dense(layers, pattern, amount)
+    layers = [with_pattern(layer, pattern) for layer in find_layers(model, ignore)]
+    layers = left_dense(layers, pattern, amount)
+    layers = where_packed_wins(model, example_inputs, layers, pattern, latency)
     chosen = [layer for layer in layers if layer.refusal is None]
     if not chosen:
         reasons = "; ".join(f"{layer.name}: {layer.refusal}" for layer in layers) or "no layers"
@@ -262,6 +295,8 @@ def plan(
         else _entry(layer, parts[layer.name], pattern, cost, ENERGY[energy])
         for layer in layers
     )
+    if latency is not None:
+        entries = with_times(model, example_inputs, entries, pattern, latency)
     notes = [note for part in parts.values() for note in part.notes]
     return Plan(entries, pattern, str(scorer), seed, energy, (*notes, *_notes(entries)), surgery)
 
@@ -300,56 +335,6 @@ def _channels(
         weights = refitted(request, dropped)
         surgery = replace(surgery, weights={f"{n}.weight": w for n, w in weights.items()})
     return {name: _channel_part(name, surgery, coupling) for name in scores}, surgery
-
-
-def check_amount(pattern: Pattern, amount: Amount) -> None:
-    """Raise ValueError where a pattern fixes a share and the amount asks for another."""
-    if pattern.share is None:
-        if isinstance(amount, Uniform) and amount.share is None:
-            raise ValueError(f"{pattern} needs an amount, as amount=Uniform(0.5)")
-        return
-    fixed = amount.fixed()
-    if isinstance(amount, PerLayer):
-        wrong = {*amount.shares.values(), amount.default} - {0.0, pattern.share}
-        if wrong:
-            raise ValueError(
-                f"{pattern} drops {pattern.share:g} of a layer or nothing, PerLayer asks for "
-                f"{', '.join(f'{share:g}' for share in sorted(wrong))}"
-            )
-        return
-    if not isinstance(amount, Uniform) or (
-        fixed is not None and abs(fixed - pattern.share) > SHARE_DIGITS
-    ):
-        raise ValueError(
-            f"{pattern} drops {pattern.share:g} of every layer, {amount} asks for something else; "
-            "leave amount out, or choose another pattern"
-        )
-
-
-def _with_pattern(layer: Layer, pattern: Pattern) -> Layer:
-    if layer.refusal is not None:
-        return layer
-    refusal = pattern.refusal(tuple(layer.weight.shape))
-    return Layer(layer.name, layer.kind, layer.module, refusal)
-
-
-def _left_dense(layers: list[Layer], pattern: Pattern, amount: Amount) -> list[Layer]:
-    """With a pattern that fixes its share, layers that PerLayer gives 0 are left alone."""
-    if pattern.share is None or not isinstance(amount, PerLayer):
-        return layers
-    known = {layer.name for layer in layers if layer.refusal is None}
-    unknown = sorted({*amount.shares} - known)
-    if unknown:
-        raise ValueError(
-            f"PerLayer names {', '.join(unknown)}, which cannot be pruned here; layers are "
-            f"{', '.join(sorted(known))}"
-        )
-    return [
-        replace(layer, refusal="the amount leaves it dense")
-        if layer.refusal is None and not amount.shares.get(layer.name, amount.default)
-        else layer
-        for layer in layers
-    ]
 
 
 def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling) -> Part:

@@ -40,13 +40,22 @@ def _kept(entry: LayerPlan) -> str:
     return f"{list(entry.kept_shape)}"
 
 
+def _times(before: float, after: float) -> str:
+    """Microseconds dense and pruned; a dash for what is not known."""
+    return " → ".join("-" if us != us else f"{us:.1f}" for us in (before, after))
+
+
 def plan_table(plan: Plan) -> str:
     """The plan as text: layer, shape, kept, bytes, MACs, energy, or why a layer is left alone."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"{plan.pattern}, {plan.score}, seed {plan.seed}")
-    for heading in ("layer", "shape", "kept", "weight bytes", "MACs", f"energy, {plan.energy}"):
+    headings = ["layer", "shape", "kept", "weight bytes", "MACs", f"energy, {plan.energy}"]
+    timed = any(entry.us == entry.us for entry in plan.entries)
+    measured = any(entry.us_measured == entry.us_measured for entry in plan.entries)
+    headings += ["µs predicted"] * timed + ["µs measured"] * measured
+    for heading in headings:
         table.add_column(heading, overflow="fold")
     for entry in plan.entries:
         name, shape = f"{entry.name} ({entry.kind})", str(list(entry.shape))
@@ -60,6 +69,8 @@ def plan_table(plan: Plan) -> str:
             _change(entry.dense_bytes, entry.pruned_bytes, "B"),
             _change(entry.macs, entry.pruned_macs),
             f"{energy(entry.energy_pj)} → {energy(entry.pruned_energy_pj)}",
+            *[_times(entry.us, entry.pruned_us)] * timed,
+            *[_times(entry.us_measured, entry.pruned_us_measured)] * measured,
         )
     console = Console(width=WIDTH, no_color=True, force_terminal=False)
     with console.capture() as captured:

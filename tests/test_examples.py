@@ -62,6 +62,15 @@ def test_residual_channels():
     assert torch.equal(again(x), model(x))
 
 
+def test_search_limits(capsys):
+    main = example("search_limits", DIGITS)
+    scan, found, dense = main(steps=120, short=2, long=40, step=0.3)
+    assert found.measured.macs <= 0.4 * dense.macs and found.drop < 15
+    assert {point.pattern for point in scan.points} == {"channels, multiple of 4", "2:4"}
+    printed = capsys.readouterr().out
+    assert "MACs with outputs of normalisations" in printed and "µs measured" in printed
+
+
 def test_lottery_ticket():
     results, ticket, kept = example("lottery_ticket", DIGITS)(epochs=3, rounds=3)
     assert kept == pytest.approx(0.1, abs=1e-3)
