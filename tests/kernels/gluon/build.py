@@ -20,7 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from slimgemm.kernels.gluon import mma_packed, mma_sp, orders, pack, pack_dense, unpack, wgmma_sp
+from slimgemm.kernels.conv_layout import convolution
+from slimgemm.kernels.gluon import (
+    mma_conv,
+    mma_packed,
+    mma_sp,
+    orders,
+    pack,
+    pack_dense,
+    unpack,
+    wgmma_sp,
+)
 from slimgemm.kernels.gluon.compat import arena_at_zero
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
@@ -60,6 +70,15 @@ def mma_packed_launch(most, dtype=torch.bfloat16, k=4096, splits=1, odd_x=False,
     )
 
 
+def mma_conv_launch(most, dtype=torch.bfloat16, kernel=3, channels=64, **epilogue):
+    """The launch of a shipped tile on a convolution of as many pixels."""
+    conv = convolution((128, channels, kernel, kernel), padding=kernel // 2)
+    packed = prune_24_ref(torch.zeros(128, conv.k, dtype=dtype))
+    x = torch.zeros(1, channels, 1, most, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    tile = mma_conv.mma_conv_tile(most)
+    return mma_conv._mma_packed_kernel, mma_conv.prepare(x, packed, conv, tile=tile, **epilogue)
+
+
 def wgmma_sp_launch(tokens, dtype=torch.bfloat16, m=None, n=128, ordered=True, **epilogue):
     """The launch of a shipped tile, from the hardware order or from the canonical format."""
     packed = prune_24_ref(torch.zeros(n, 4096, dtype=dtype))
@@ -78,6 +97,16 @@ def cases():
             table[f"mma_sp/{arch}/{most}"] = (arch, lambda m=most: mma_sp_launch(m))
         for most in mma_packed.MMA_PACKED_TILES:
             table[f"mma_packed/{arch}/{most}"] = (arch, lambda m=most: mma_packed_launch(m))
+            table[f"mma_conv/{arch}/{most}"] = (arch, lambda m=most: mma_conv_launch(m))
+    for most in mma_packed.MMA_PACKED_TILES:
+        table[f"mma_conv/gelu/{most}"] = (
+            "sm_90",
+            lambda m=most: mma_conv_launch(m, torch.float16, act="gelu", bias=torch.zeros(128)),
+        )
+        table[f"mma_conv/1x1/{most}"] = (
+            "sm_90",
+            lambda m=most: mma_conv_launch(m, kernel=1, channels=1024),
+        )
     full_128 = dict(bias=torch.zeros(128), scale=torch.zeros(128))
     full = dict(bias=torch.zeros(16), scale=torch.zeros(16))
     for act in ("relu", "gelu", "gelu_tanh", "silu", "relu2"):

@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from slimgemm.kernels.configs import SMEM_BYTES
+from slimgemm.kernels.gluon.mma_conv import mma_conv_tile
 from slimgemm.kernels.gluon.mma_packed import MMA_PACKED_TILES, mma_packed_tile
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES, MMA_SP_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
@@ -228,3 +229,29 @@ def test_mma_packed_every_build(tmp_path):
     assert len(rows) == (len(ARCHITECTURES) + 3) * len(MMA_PACKED_TILES)
     for name, row in rows.items():
         check_mma_packed(name, row)
+
+
+def check_mma_conv(name, row):
+    _, kind, most = name.split("/")
+    tile = mma_conv_tile(int(most))
+    assert total(row, "STL") == total(row, "LDL") == 0, row
+    assert row["smem"] <= SMEM_BYTES[kind if kind.startswith("sm_") else "sm_90"], row
+    assert total(row, "HMMA.SP.16832.F32") == 8 * tile.mt * tile.nt, row
+    # Values in 16-byte loads, metadata in 8-byte ones; X straight to shared memory, 8 bytes each.
+    assert row["counts"]["LDG.E.128"] == tile.mt * (8 + tile.ahead), row
+    assert row["counts"]["LDG.E.64"] == tile.mt * 16, row
+    assert row["counts"]["LDGSTS.E.64"] > 0 and total(row, "LDGSTS") == row["counts"]["LDGSTS.E.64"]
+
+
+def test_mma_conv_small_set(tmp_path):
+    names = ["mma_conv/sm_90/128", "mma_conv/1x1/32"]
+    for name, row in build(names, tmp_path).items():
+        check_mma_conv(name, row)
+
+
+@build_all
+def test_mma_conv_every_build(tmp_path):
+    rows = build(["mma_conv/*"], tmp_path)
+    assert len(rows) == (len(ARCHITECTURES) + 2) * len(MMA_PACKED_TILES)
+    for name, row in rows.items():
+        check_mma_conv(name, row)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
 
+from slimgemm.kernels.conv_layout import convolution
 from slimgemm.kernels.gluon import (
+    mma_conv,
     mma_packed,
     mma_sp,
     orders,
@@ -16,6 +18,7 @@ from slimgemm.kernels.gluon import (
 )
 from slimgemm.kernels.gluon.wgmma_tiles import WGMMA_SP_TILES
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
+from slimgemm.kernels.reference_conv import pack_conv_ref
 
 pytestmark = pytest.mark.gpu
 SHAPES = [
@@ -141,3 +144,30 @@ def test_packing_from_dense_and_back(shape):
     dense[-1, :3] = 1
     with pytest.raises(ValueError, match=f"row {shape[1] - 1}, columns 0-3 hold [34] nonzeros"):
         pack_dense.pack_dense_mma_sp(dense)
+
+
+CONVS = {  # (batch, channels, out, height, width, kernel), options
+    "3x3": ((2, 64, 130, 14, 15, 3), dict(padding=1)),
+    "strided": ((3, 128, 64, 28, 28, 3), dict(padding=1, stride=2)),
+    "dilated": ((1, 64, 64, 16, 16, 3), dict(padding=2, dilation=2)),
+    "1x1": ((2, 256, 64, 7, 7, 1), dict(stride=2)),
+    "many pixels": ((8, 64, 64, 56, 56, 3), dict(padding=1)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CONVS)
+def test_mma_conv(name, dtype):
+    needs(8, 0)
+    (batch, channels, out, height, width, size), options = CONVS[name]
+    w = random_24(out * size * size, channels, dtype).view(out, size, size, channels)
+    w = w.permute(0, 3, 1, 2).contiguous().cuda()
+    x = randn(batch, channels, height, width, dtype=dtype, device="cuda")
+    x = x.contiguous(memory_format=torch.channels_last)
+    packed = pack_conv_ref(w)
+    assert mma_conv.takes(x, packed, convolution(w.shape, **options))
+    dense = torch.nn.functional.conv2d(x, w, **options)
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), **options)
+    for splits in (None, 3):
+        got = mma_conv.conv2d_24_mma(x, packed, w.shape, splits=splits, **options)
+        assert_no_worse_than_dense(got, dense, exact, "mma_conv")

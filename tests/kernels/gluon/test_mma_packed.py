@@ -10,6 +10,7 @@ from gluon_numpy import Fault
 from helpers import assert_no_worse_than_dense, randn, random_24
 
 from slimgemm.kernels.gluon import mma_packed
+from slimgemm.kernels.gluon import mma_packed_kernel as device
 from slimgemm.kernels.gluon.mma_packed import MMA_PACKED_TILES, PackedTile, mma_packed_tile
 from slimgemm.kernels.gluon.mma_tiles import fits
 from slimgemm.kernels.reference import ACTIVATIONS, pack_24_ref, spmm_24_ref
@@ -26,7 +27,7 @@ SMALL = {
 def run(x, packed, tile, splits=1, replace=None, **epilogue):
     launch = mma_packed.prepare(x, packed, tile=tile, splits=splits, **epilogue)
     gluon_numpy.run(
-        mma_packed._mma_packed_kernel,
+        device._mma_packed_kernel,
         launch.grid,
         *launch.args,
         replace=replace,
@@ -107,36 +108,36 @@ def test_nan_in_one_token_stays_there_and_in_the_weight_stays_in_its_row():
 
 K = 608  # ends within a block of 256 and within 64 columns
 PARTS = [
-    ("K mask of X", mma_packed.copy_groups, " & ((group0 + shift // 2) * 4 < K)", "", "x_ptr"),
+    ("K mask of X", device.copy_groups, " & ((group0 + shift // 2) * 4 < K)", "", "x_ptr"),
     (
         "K mask of W",
-        mma_packed.load_values,
+        device.load_values,
         "mask=k0 + PAIR * 64 < K",
         "mask=k0 < K + 9999",
         "v_ptr",
     ),
     (
         "K mask of metadata",
-        mma_packed.load_meta,
+        device.load_meta,
         "mask=column < K",
         "mask=column < K + 999",
         "m_ptr",
     ),
-    ("padding is zero", mma_packed.load_meta, "other=0x44444444", "other=0", "must be ascending"),
-    ("row past W", mma_packed._mma_packed_kernel, "gl.minimum(row, N - 1)", "row", "v_ptr"),
-    ("row past meta", mma_packed._mma_packed_kernel, "gl.minimum(mrow, N - 1)", "mrow", "m_ptr"),
+    ("padding is zero", device.load_meta, "other=0x44444444", "other=0", "must be ascending"),
+    ("row past W", device._mma_packed_kernel, "gl.minimum(row, N - 1)", "row", "v_ptr"),
+    ("row past meta", device._mma_packed_kernel, "gl.minimum(mrow, N - 1)", "mrow", "m_ptr"),
     (
         "block past W",
-        mma_packed._mma_packed_kernel,
+        device._mma_packed_kernel,
         "gl.minimum(it + 1, last - 1)",
         "it + 1",
         "_ptr",
     ),
-    ("wait", mma_packed._mma_packed_kernel, "cp_async_wait(STAGES - 2)", "", "waited for"),
-    ("barrier", mma_packed._mma_packed_kernel, "            barrier()\n", "", "barrier"),
+    ("wait", device._mma_packed_kernel, "cp_async_wait(STAGES - 2)", "", "waited for"),
+    ("barrier", device._mma_packed_kernel, "            barrier()\n", "", "barrier"),
     (
         "stage overwritten before it is read",
-        mma_packed._mma_packed_kernel,
+        device._mma_packed_kernel,
         "ring.index((step + STAGES - 1) % STAGES)",
         "ring.index((step + STAGES - 2) % STAGES)",
         "in flight|before it was read",
@@ -155,12 +156,12 @@ WRONG = [
     ("selector inverted", "{step % 2};", "{1 - step % 2};"),
 ]
 FUNCTIONS = [
-    mma_packed._mma_packed_kernel,
-    mma_packed.copy_groups,
-    mma_packed.load_values,
-    mma_packed.load_meta,
-    mma_packed.nibbles,
-    mma_packed.mma_packed_asm,
+    device._mma_packed_kernel,
+    device.copy_groups,
+    device.load_values,
+    device.load_meta,
+    device.nibbles,
+    device.mma_packed_asm,
 ]
 
 
@@ -169,7 +170,7 @@ def run_mutated(function, old, new, tile, k=K):
     packed = pack_24_ref(random_24(48, k, torch.float16))
     x = randn(11, 2 * k, dtype=torch.float16, seed=1)[:, k:]  # foreign values between the rows
     changed = gluon_numpy.mutated(function, old, new)
-    if function is mma_packed._mma_packed_kernel:
+    if function is device._mma_packed_kernel:
         launch = mma_packed.prepare(x, packed, tile=SMALL[tile])
         gluon_numpy.run(changed, launch.grid, *launch.args, **launch.constants)
         got = launch.out
