@@ -25,6 +25,7 @@ __all__ = [
     "MMA_SP_ARCHS",
     "pack_dense",
     "scaled_spmm_24_mma_sp",
+    "scaled_spmm_24_wgmma_sp",
     "spmm_24_mma_sp",
     "spmm_24_wgmma_sp",
     "unpack_dense",
@@ -94,6 +95,29 @@ def spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:
         bias = None if act == "none" else operand(n, dtype=dtype)
         weight = to_wgmma_sp(prune_24_ref(torch.zeros(n, k, dtype=dtype)))
         go = file.prepare(x, weight, bias, bias, act, tile=WGMMA_SP_TILES[tokens])
+        args = [file._descriptor(a) if isinstance(a, file.TmaView) else a for a in go.args]
+        warmup = file._wgmma_sp_kernel.warmup
+        return warmup(*args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    for tokens in WGMMA_SP_TILES:
+        yield f"m {tokens}", functools.partial(warm, tokens, "none")
+        yield f"m {tokens} gelu", functools.partial(warm, tokens, "gelu")
+
+
+def scaled_spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:
+    """Every tile of the Hopper kernel on 8-bit values, plain and with a full epilogue."""
+    file = importlib.import_module("slimgemm.kernels.gluon.wgmma_sp")
+    _, n, k = ALIGNED
+
+    def warm(tokens: int, act: str) -> Any:
+        scale = operand(n, dtype=torch.float32)
+        bias = None if act == "none" else scale
+        packed, _ = quantize_24(torch.zeros(n, k), dtype)
+        go = file.prepare(
+            zeros(tokens, k, dtype=dtype), to_wgmma_sp(packed), bias, scale, act,
+            tile=WGMMA_SP_TILES[tokens], token_scale=operand(tokens, dtype=torch.float32),
+            out_dtype=torch.bfloat16,
+        )  # fmt: skip
         args = [file._descriptor(a) if isinstance(a, file.TmaView) else a for a in go.args]
         warmup = file._wgmma_sp_kernel.warmup
         return warmup(*args, grid=go.grid, num_warps=go.warps, **go.constants)

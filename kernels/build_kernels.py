@@ -26,6 +26,7 @@ from slimgemm.kernels.build_gluon import (
     MMA_SP_ARCHS,
     pack_dense,
     scaled_spmm_24_mma_sp,
+    scaled_spmm_24_wgmma_sp,
     spmm_24_mma_sp,
     spmm_24_wgmma_sp,
     unpack_dense,
@@ -201,6 +202,9 @@ OPS = {
     "spmm_24_mma_sp": Op(spmm_24_mma_sp, SPARSE_DTYPES, True, MMA_SP_ARCHS, "_mma_sp_kernel"),
     "scaled_spmm_24_mma_sp": Op(
         scaled_spmm_24_mma_sp, SCALED_DTYPES, True, MMA_SP_ARCHS, "_mma_sp_kernel"
+    ),
+    "scaled_spmm_24_wgmma_sp": Op(
+        scaled_spmm_24_wgmma_sp, SCALED_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"
     ),
     "spmm_24_wgmma_sp": Op(spmm_24_wgmma_sp, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"),
     **{

@@ -16,17 +16,19 @@ import math
 import torch
 from torch import Tensor
 
-from slimgemm.kernels.gluon import mma_sp
+from slimgemm.kernels.gluon import mma_sp, wgmma_sp
 from slimgemm.kernels.gluon.launch import (
     check_dtype,
     check_epilogue,
     check_scales,
     check_x,
     is_aligned,
+    multiprocessors,
     rows_of,
 )
 from slimgemm.kernels.gluon.mma_tiles import MmaTile, mma_sp_tile
-from slimgemm.kernels.gluon.orders import MmaSp
+from slimgemm.kernels.gluon.orders import MmaSp, WgmmaSp
+from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile
 from slimgemm.kernels.quantize_24 import OUT_DTYPES
 
 # Below this K no int32 sum can overflow: K / 2 products of at most 128 * 128.
@@ -34,7 +36,10 @@ INT8_COLUMNS = 2**18
 CURE = "spmm_24 and its kernels multiply 16-bit weights"
 
 
-def _check(x, n, k, dtype, device, scale_x, scale_w, bias, act, out_dtype) -> None:
+def _check(
+    x: Tensor, n: int, k: int, dtype: torch.dtype, scale_x: Tensor, scale_w: Tensor,
+    bias: Tensor | None, act: str, out_dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Raise ValueError for all that both instructions refuse, but for the GPU's capability."""
     check_dtype(dtype, mma_sp.PTX_TYPES_8, CURE)
     if dtype == torch.int8 and k >= INT8_COLUMNS:
@@ -84,7 +89,7 @@ def scaled_spmm_24_mma_sp(
     from slimgemm.kernels.spmm_24 import add_parts
 
     n, k, device = w_hw.n, w_hw.k, w_hw.values.device
-    _check(x, n, k, w_hw.dtype, device, scale_x, scale_w, bias, act, out_dtype)
+    _check(x, n, k, w_hw.dtype, scale_x, scale_w, bias, act, out_dtype)
     check_x(x, n, k, w_hw.dtype, device, (8, 0) if w_hw.dtype == torch.int8 else (8, 9))
     m = math.prod(x.shape[:-1])
     if m == 0 or n == 0:
@@ -102,3 +107,53 @@ def scaled_spmm_24_mma_sp(
         if launch.parts is not None:
             add_parts(launch.parts, launch.out.view(m, n), bias, None, act)
     return launch.out
+
+
+def scaled_spmm_24_wgmma_sp(
+    x: Tensor,
+    w_hw: WgmmaSp,
+    scale_x: Tensor,
+    scale_w: Tensor,
+    bias: Tensor | None = None,
+    act: str = "none",
+    out_dtype: torch.dtype = torch.bfloat16,
+    *,
+    tile: WgmmaTile | None = None,
+) -> Tensor:
+    """act((x @ dense(w).T) * scale_x * scale_w + bias) on wgmma.sp m64nNk64, Hopper only.
+
+    Args:
+        x: [..., k], int8 or float8_e4m3fn, stride 1 along k, rows of whole 16-byte units, leading
+            dims fold into one.
+        w_hw: the weight [N, k] of the same dtype and device (orders.to_wgmma_sp).
+        scale_x: [...], fp32, contiguous: one scale per token.
+        scale_w: [N], fp32, contiguous: one scale per out feature.
+        bias: [N], fp16, bf16 or fp32.
+        act: none, relu, gelu, gelu_tanh, silu or relu2 (relu squared).
+        out_dtype: bfloat16, float16 or float32.
+        tile: chosen from WGMMA_SP_TILES unless given.
+    Returns:
+        [..., N], `out_dtype`, contiguous; the same bytes on every run. int8 sums are exact, e4m3
+        ones as exact as the module docstring says.
+    Raises:
+        ValueError: a shape, stride, dtype, device or activation is not as above, k is so large that
+            int32 sums could overflow, or the build of this Triton does not place the arena at the
+            address that the PTX names.
+
+    Source: orders.py; PTX ISA, wgmma.mma_async.sp. Twin: quantize_24.scaled_spmm_24_ref.
+    """
+    n, k, dtype, device = w_hw.n, w_hw.k, w_hw.values.dtype, w_hw.values.device
+    _check(x, n, k, dtype, scale_x, scale_w, bias, act, out_dtype)
+    check_x(x, n, k, dtype, device, (9, 0), exact=True)
+    if math.prod(x.shape[:-1]) == 0 or n == 0:
+        return x.new_empty(*x.shape[:-1], n, dtype=out_dtype)
+    if not is_aligned(rows_of(x, k)):
+        raise ValueError(
+            "x must have 16-byte aligned rows of whole 16-byte units for TMA, got "
+            f"k = {k}, strides {x.stride()}; scaled_spmm_24_mma_sp takes any"
+        )
+    launch = wgmma_sp.prepare(
+        x, w_hw, bias, scale_w, act, tile=tile, programs=multiprocessors(x.device),
+        token_scale=scale_x, out_dtype=out_dtype,
+    )  # fmt: skip
+    return wgmma_sp.run(launch)

@@ -3,10 +3,11 @@
     D [N, M] = W [N, K] X [M, K]^T        W is the sparse A operand, tokens are the columns of D
 
 Persistent: as many programs as multiprocessors, each walks output tiles of 128 rows x tile.tokens.
-One producer warp fills a ring of shared-memory stages by TMA (a stage is 128 dense columns: a unit
-of compressed W, two halves of X); two consumer warpgroups own 64 rows each and run
+One producer warp fills a ring of shared-memory stages by TMA (a stage is 256 dense bytes of K, four
+steps of m64nNk32 on 16-bit types or of m64nNk64 on 8-bit ones: a unit of compressed W, two halves
+of X); two consumer warpgroups own 64 rows each and run
 `wgmma.mma_async.sp`. Metadata goes from memory to registers, one block early. TMA reads zeros past
-N, M and K; the store is masked.
+N, M and K; the store is masked. TMA moves 8-bit values (scaled_spmm.py) in pairs, as int16.
 
 Bound by the rate of wgmma.sp and, with A in shared memory, by shared-memory reads: 18 KiB per
 m64n256k32 of 128 cycles is 144 bytes per cycle where 128 are to be had (NOTES.md).
@@ -35,63 +36,34 @@ from slimgemm.kernels.gluon.epilogue import activate
 from slimgemm.kernels.gluon.launch import (
     Launch,
     TmaView,
+    check_dtype,
     check_epilogue,
     check_x,
     is_aligned,
     multiprocessors,
     rows_of,
 )
+from slimgemm.kernels.gluon.mma_sp import PTX_TYPES_8, values_per_int32
 from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_BYTES, WGMMA_ROWS, WgmmaSp
 from slimgemm.kernels.gluon.place import place_of
+from slimgemm.kernels.gluon.wgmma_ptx import descriptor, wgmma_sp_asm, wgmma_sp_constraints
 from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile, wgmma_sp_tile
 
 PTX_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-@gluon.constexpr_function
-def wgmma_sp_asm(kind, tokens):
-    """Four k32 steps on one stage: D $0..., C tied, descriptors of A and B, metadata.
-
-    A step is 32 bytes further in a row of A, 64 bytes in a row of X; the second half of X lies
-    tokens * 128 bytes behind the first. Descriptors count 16-byte units.
-    """
-    count = tokens // 2  # accumulator registers per thread
-    acc = "{" + ",".join(f"${i}" for i in range(count)) + "}"
-    lines = ["{", ".reg .b64 da, db;", "wgmma.fence.sync.aligned;"]
-    for step in range(4):
-        b_step = step % 2 * 4 + step // 2 * (tokens * 128 // 16)
-        lines += [
-            f"add.s64 da, ${2 * count}, {2 * step};",
-            f"add.s64 db, ${3 * count}, {b_step};",
-            f"wgmma.mma_async.sp.sync.aligned.m64n{tokens}k32.f32.{kind}.{kind} "
-            f"{acc}, da, db, ${4 * count + step // 2}, {step % 2}, 1, 1, 1, 0, 0;",
-        ]
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;", "}"]
-    return "\n".join(lines)
-
-
-@gluon.constexpr_function
-def wgmma_sp_constraints(tokens):
-    """Operands per thread: tokens / 2 accumulators in and out, and as many of each other input."""
-    count = tokens // 2
-    ties = [str(i) for i in range(count)]
-    return ",".join(["=f"] * count + ties + ["l"] * (2 * count) + ["r"] * count)
+ARENA_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int16: gl.int16}
 
 
 @gluon.jit
-def descriptor(address):
-    """K-major matrix at `address` (bytes), rows of 128 swizzled bytes, 1024 bytes per 8 rows."""
-    return ((address >> 4) & 0x3FFF).to(gl.int64) | (1 << 16) | (64 << 32) | (1 << 62)
-
-
-@gluon.jit
-def producer(w_desc, x_desc, arena, full, empty, M, N, K, TILE: gl.constexpr, GROUP: gl.constexpr):
+def producer(
+    w_desc, x_desc, arena, full, empty, M, N, K,
+    TILE: gl.constexpr, PER: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
     """Fill stage after stage, over all tiles of this program."""
     TOKENS: gl.constexpr = TILE.tokens
     UNITS: gl.constexpr = TILE.units
     STAGES: gl.constexpr = TILE.stages
     BOX: gl.constexpr = TILE.box
-    blocks = gl.cdiv(K, 128)
+    blocks = gl.cdiv(K, 64 * PER)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
         pid_n, pid_m = place_of(tile, M, N, TOKENS, 128, GROUP)
@@ -142,14 +114,28 @@ def store_half(
 
 
 @gluon.jit
-def load_words(ptr, pid_n, block, row, column, N, K, WG: gl.constexpr, ORDERED: gl.constexpr):
-    """Metadata of one 128-column block, where registers 0 and 1 of a thread are what counts.
+def load_words(
+    ptr, pid_n, block, row, column, N, K,
+    WG: gl.constexpr, ORDERED: gl.constexpr, PER: gl.constexpr,
+):  # fmt: skip
+    """Metadata of one block of K, where registers 0 and 1 of a thread are what counts.
 
     They are row 16 w + g, columns 2 t and 2 t + 1 of thread 32 w + 4 g + t, and carry its words 0
     and 1. ORDERED: WgmmaSp.meta. Else the canonical bytes, as int16 [N, K / 16]: word j holds unit
     4 j + t of the block's eight, of rows g and g + 8.
+
+    8-bit types (PER, values per int32, is 4) have four words, in registers 0 to 3: rows 16 w + g
+    and then 16 w + g + 8.
     """
-    if ORDERED:
+    if ORDERED and PER == 4:
+        # Word j of a thread is element 4 thread + j.
+        word = (row // 16 * 128 + row % 8 * 16 + row // 8 % 2 * 2)[:, None]
+        word = word + (column % 8 // 2 * 4 + column % 2)[None, :]
+        # Words 0 and 1, and 2 and 3, are neighbours at an even place: 8-byte loads.
+        word = gl.max_contiguous(gl.multiple_of(word, [1, 2]), [1, 2])
+        tile = pid_n.to(gl.int64) * gl.cdiv(K, 256) + block
+        words = gl.load(ptr + tile * 1024 + WG * 512 + word)
+    elif ORDERED:
         # Word j of a thread is element 2 thread + j.
         word = (row // 16 * 64 + row % 8 * 8)[:, None] + (column % 8)[None, :]
         tile = pid_n.to(gl.int64) * gl.cdiv(K, 128) + block
@@ -167,10 +153,10 @@ def load_words(ptr, pid_n, block, row, column, N, K, WG: gl.constexpr, ORDERED: 
 
 @gluon.jit
 def consumer(
-    arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
+    arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty, M, N, K,
     WG: gl.constexpr, TILE: gl.constexpr, ORDERED: gl.constexpr, KIND: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr,
-    ACT: gl.constexpr, GROUP: gl.constexpr,
+    HAS_TOKEN_SCALE: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 WG ... 64 WG + 63 of every tile of this program."""
     TOKENS: gl.constexpr = TILE.tokens
@@ -179,31 +165,37 @@ def consumer(
     ACCUMULATOR: gl.constexpr = TILE.accumulator
     OUT: gl.constexpr = TILE.out
     ASM: gl.constexpr = wgmma_sp_asm(KIND, TOKENS)
-    CONSTRAINTS: gl.constexpr = wgmma_sp_constraints(TOKENS)
+    CONSTRAINTS: gl.constexpr = wgmma_sp_constraints(KIND, TOKENS)
+    PER: gl.constexpr = values_per_int32(KIND)
+    SUMS: gl.constexpr = gl.int32 if KIND == "s8" else gl.float32
     base = arena_address(arena)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, ACCUMULATOR))
     column = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, ACCUMULATOR))
-    blocks = gl.cdiv(K, 128)
+    blocks = gl.cdiv(K, 64 * PER)
     step = 0
     for tile in range(gl.program_id(0), gl.cdiv(N, 128) * gl.cdiv(M, TOKENS), gl.num_programs(0)):
         pid_n, pid_m = place_of(tile, M, N, TOKENS, 128, GROUP)
-        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED)
-        acc = gl.zeros([64, TOKENS], gl.float32, layout=ACCUMULATOR)
+        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED, PER)
+        acc = gl.zeros([64, TOKENS], SUMS, layout=ACCUMULATOR)
         for block in range(0, blocks):
             slot = step % STAGES
             after = gl.minimum(block + 1, blocks - 1)
-            next_words = load_words(words_ptr, pid_n, after, row, column, N, K, WG, ORDERED)
+            next_words = load_words(words_ptr, pid_n, after, row, column, N, K, WG, ORDERED, PER)
             mbarrier.wait(full.index(slot), (step // STAGES) & 1)
             stage = base + slot * (UNITS * 16384)
             acc = gl.inline_asm_elementwise(
                 ASM, CONSTRAINTS,
                 [acc, descriptor(stage + WG * 8192), descriptor(stage + 16384), words],
-                dtype=gl.float32, is_pure=False, pack=TOKENS // 2,
+                dtype=acc.dtype, is_pure=False, pack=TOKENS // 2,
             )  # fmt: skip
             mbarrier.arrive(empty.index(slot), count=1)
             words = next_words
             step += 1
         offs_n = pid_n * 128 + WG * 64 + row
+        if HAS_TOKEN_SCALE:
+            token = pid_m * TOKENS + column
+            token_scale = gl.load(token_scale_ptr + token, mask=token < M, other=0.0)
+            acc = acc.to(gl.float32) * token_scale[None, :]
         if HAS_SCALE:
             if SCALE_PER_ROW:
                 scale = gl.load(scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(gl.float32)
@@ -227,11 +219,14 @@ def consumer(
 
 @gluon.jit
 def _wgmma_sp_kernel(
-    w_desc, words_ptr, x_desc, y_ptr, bias_ptr, scale_ptr, M, N, K,
+    w_desc, words_ptr, x_desc, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, M, N, K,
     TILE: gl.constexpr, ORDERED: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
+    HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, HAS_TOKEN_SCALE: gl.constexpr,
+    ACT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    DTYPE: gl.constexpr = gl.bfloat16 if KIND == "bf16" else gl.float16
+    PER: gl.constexpr = values_per_int32(KIND)
+    FLOATS: gl.constexpr = gl.bfloat16 if KIND == "bf16" else gl.float16
+    DTYPE: gl.constexpr = gl.int16 if PER == 4 else FLOATS
     UNITS: gl.constexpr = TILE.units
     STAGES: gl.constexpr = TILE.stages
     # The largest allocation by far, so that it lies at offset 0 (compat.arena_at_zero).
@@ -243,11 +238,13 @@ def _wgmma_sp_kernel(
         mbarrier.init(empty.index(slot), count=2)  # one arrival of each consumer
     gl.warp_specialize(
         [
-            (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
-                        0, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
-            (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, full, empty, M, N, K,
-                        1, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW, ACT, GROUP)),
-            (producer, (w_desc, x_desc, arena, full, empty, M, N, K, TILE, GROUP)),
+            (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty,
+                        M, N, K, 0, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW,
+                        HAS_TOKEN_SCALE, ACT, GROUP)),
+            (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty,
+                        M, N, K, 1, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW,
+                        HAS_TOKEN_SCALE, ACT, GROUP)),
+            (producer, (w_desc, x_desc, arena, full, empty, M, N, K, TILE, PER, GROUP)),
         ],
         [4, 1],
         [232, 24],
@@ -263,6 +260,8 @@ def prepare(
     *,
     tile: WgmmaTile | None = None,
     programs: int = 132,
+    token_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Launch:
     """What spmm_24_wgmma_sp launches, with at most `programs` programs; or, of a Packed24, what
     spmm_24_wgmma_packed does."""
@@ -270,18 +269,22 @@ def prepare(
     m, (n, k) = math.prod(x.shape[:-1]), (w_hw.n, w_hw.k) if ordered else w_hw.shape
     words = w_hw.meta if ordered else w_hw.meta.view(torch.int16)
     tile = tile or wgmma_sp_tile(m)
-    out = x.new_empty(*x.shape[:-1], n)
+    out = x.new_empty(*x.shape[:-1], n, dtype=out_dtype or x.dtype)
+    values, rows = w_hw.values, rows_of(x, k)
+    if x.element_size() == 1:
+        values, rows = values.view(torch.int16), rows.view(torch.int16)
     tiles = -(-n // WGMMA_ROWS) * -(-m // tile.tokens)  # triton.cdiv takes microseconds
     return Launch(
         grid=(min(tiles, programs),),
         args=(
-            TmaView(w_hw.values, (128, 64)), words, TmaView(rows_of(x, k), (tile.box, 64)),
-            out.view(m, n), bias, scale, m, n, k,
+            TmaView(values, (128, 64)), words, TmaView(rows, (tile.box, 64)),
+            out.view(m, n), bias, scale, token_scale, m, n, k,
         ),
         constants=dict(
-            TILE=tile, ORDERED=ordered, KIND=PTX_TYPES[x.dtype], HAS_BIAS=bias is not None,
-            HAS_SCALE=scale is not None, SCALE_PER_ROW=scale is not None and scale.numel() > 1,
-            ACT=act, GROUP=8,
+            TILE=tile, ORDERED=ordered, KIND=(PTX_TYPES | PTX_TYPES_8)[x.dtype],
+            HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
+            SCALE_PER_ROW=scale is not None and scale.numel() > 1,
+            HAS_TOKEN_SCALE=token_scale is not None, ACT=act, GROUP=8,
         ),
         warps=4, out=out, parts=None,
     )  # fmt: skip
@@ -289,8 +292,7 @@ def prepare(
 
 @functools.cache
 def _box_layout(box: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    kind = gl.bfloat16 if dtype == torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for(list(box), kind)
+    return gl.NVMMASharedLayout.get_default_for(list(box), ARENA_TYPES[dtype])
 
 
 def _descriptor(view: TmaView) -> TensorDescriptor:
@@ -340,6 +342,7 @@ def spmm_24_wgmma_sp(
 
     Source: orders.py; PTX ISA, wgmma.mma_async.sp. Twin: reference.spmm_24_ref on the Packed24.
     """
+    check_dtype(w_hw.values.dtype, PTX_TYPES, "scaled_spmm_24_wgmma_sp multiplies 8-bit weights")
     check_x(x, w_hw.n, w_hw.k, w_hw.values.dtype, w_hw.values.device, (9, 0), exact=True)
     check_epilogue(w_hw.n, x, bias, scale, act)
     m = math.prod(x.shape[:-1])

@@ -92,7 +92,9 @@ WORDS = wgmma_sp.load_words
 FULL_WAIT = "mbarrier.wait(full.index(slot), (step // STAGES) & 1)"
 EMPTY_WAIT = "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)"
 MASK = "mask=(token < M)[:, None] & (feature < N)[None, :]"
-FIRST_WORDS = "        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED)\n"
+FIRST_WORDS = (
+    "        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED, PER)\n"
+)
 FAULTS = {  # name: function, old, new, message
     "a wait that nobody signals": (
         CONSUMER, "mbarrier.arrive(empty.index(slot), count=1)", "pass", "deadlock",
@@ -124,7 +126,7 @@ WRONG = {  # name: function, old, new
         WORDS, "(column % 8)[None, :]", "(column % 8 // 2 * 2 + (column + 1) % 2)[None, :]",
     ),
     "step of A": (wgmma_sp.wgmma_sp_asm, "{2 * step}", "{2 * (3 - step)}"),
-    "selector": (wgmma_sp.wgmma_sp_asm, "{step % 2}, 1, 1, 1", "{1 - step % 2}, 1, 1, 1"),
+    "selector": (wgmma_sp.wgmma_sp_asm, "step // 2, step % 2", "step // 2, 1 - step % 2"),
     "halves of X exchanged": (
         PRODUCER, "box * BOX // TOKENS * 64", "(64 - box * BOX // TOKENS * 64)",
     ),
