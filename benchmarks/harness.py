@@ -236,7 +236,7 @@ def _graphable(entries: Sequence[_Entry], device: torch.device) -> dict[str, lis
         outputs: list[Any] = []
         try:
             # The last output is the graph's own: nothing has been computed there before replay.
-            capture([functools.partial(_keep, outputs, entry.calls[0])], device).replay()
+            capture([functools.partial(keep_output, outputs, entry.calls[0])], device).replay()
             error, allowed = entry.check(outputs[-1])
         except RuntimeError as why:
             entry.reason = f"no graph: {first_line(why)}"
@@ -249,7 +249,8 @@ def _graphable(entries: Sequence[_Entry], device: torch.device) -> dict[str, lis
     return found
 
 
-def _keep(outputs: list[Any], call: Call) -> None:
+def keep_output(outputs: list[Any], call: Call) -> None:
+    """Call it, and keep its output, the last one only, in `outputs`."""
     outputs[:] = [call()]
 
 

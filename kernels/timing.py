@@ -26,7 +26,7 @@ class Times(NamedTuple):
 def percentiles(samples: Sequence[float]) -> Times:
     """The percentiles of at least one sample."""
     if len(samples) == 1:
-        return Times(*samples * 3)
+        return Times(samples[0], samples[0], samples[0])
     cuts = statistics.quantiles(samples, n=10, method="inclusive")
     return Times(cuts[1], cuts[4], cuts[7])
 

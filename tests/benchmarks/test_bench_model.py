@@ -129,36 +129,47 @@ def test_models_are_pruned_along_their_input_channels():
     assert all(int((g != 0).sum(1).max()) == 2 == int((g != 0).sum(1).min()) for g in groups)
 
 
-def test_on_a_gpu_graphs_memory_and_joules_are_measured(monkeypatch):
-    """The GPU's part, with torch.cuda and the timer replaced; the model itself runs on the CPU."""
+class FakeGpu:
+    """torch.cuda and the timer as far as the models ask them; the model itself runs on the CPU.
 
-    class Graph:
-        def __init__(self, calls):
-            self.replay = calls[0]
+    The second model cannot be captured; a replay leaves `scale` times the output in the graph.
+    """
 
-    def capture(calls, device):
-        if len(captured) == 1:
-            captured.append(None)
+    def __init__(self, monkeypatch, scale=1.0):
+        self.captured, self.scale = 0, scale
+        timed = iter([10.0, 4.0])
+
+        def time_us(calls, device, **_):
+            us = next(timed)
+            return {name: Times(us, us, us) for name in calls}
+
+        monkeypatch.setattr(bench_model, "capture", self.capture)
+        monkeypatch.setattr(bench_model, "time_us", time_us)
+        monkeypatch.setattr(bench_model, "generator", lambda device, seed: generator(CPU, seed))
+        monkeypatch.setattr(machine, "joules_of", lambda *_: machine.Energy(8e5, "nvml"))
+        for name, value in {
+            "memory_allocated": 100, "max_memory_allocated": 350,
+            "reset_peak_memory_stats": None, "synchronize": None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+
+    def capture(self, calls, device):
+        self.captured += 1
+        if self.captured == 2 and self.scale == 1:
             raise RuntimeError("operation not permitted when stream is capturing")
-        captured.append(calls)
-        return Graph(calls)
+        calls[0]()
+        outputs = calls[0].args[0]
 
-    captured = []
-    monkeypatch.setattr(bench_model, "capture", capture)
-    monkeypatch.setattr(bench_model, "generator", lambda device, seed: generator(CPU, seed))
-    timed = iter([10.0, 4.0])
+        class Graph:
+            @staticmethod
+            def replay():
+                outputs[0] = outputs[0] * self.scale
 
-    def time_us(calls, device, **_):
-        us = next(timed)
-        return {name: Times(us, us, us) for name in calls}
+        return Graph
 
-    monkeypatch.setattr(bench_model, "time_us", time_us)
-    monkeypatch.setattr(machine, "joules_of", lambda work, device: machine.Energy(8e5, "nvml"))
-    for name, value in {
-        "memory_allocated": 100, "max_memory_allocated": 350,
-        "reset_peak_memory_stats": None, "synchronize": None,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+
+def test_on_a_gpu_graphs_memory_and_joules_are_measured(monkeypatch):
+    FakeGpu(monkeypatch)
     rows = measure_model(WORK[1], torch.float32, torch.device("cuda"), PEERS)
     by = {row.variant: row for row in rows}
     dense, sparse = by["dense"], by["2:4"]
@@ -169,6 +180,14 @@ def test_on_a_gpu_graphs_memory_and_joules_are_measured(monkeypatch):
     assert dense.joules_per_unit == pytest.approx(8e5 / 500000 / 3)
     assert sparse.graph_us_p50 is None and "no graph: RuntimeError: operation" in sparse.reason
     assert sparse.best_dense_over_this == 1  # eager against eager
+
+
+def test_a_packed_model_whose_graph_repeats_another_result_is_refused(monkeypatch):
+    FakeGpu(monkeypatch, scale=1.01)
+    rows = measure_model(WORK[1], torch.float32, torch.device("cuda"), PEERS)
+    sparse = next(row for row in rows if row.variant == "2:4")
+    assert sparse.status == "refused" and sparse.us is None
+    assert "as a CUDA graph 1.00e-02 from the checked output" in sparse.reason
 
 
 def test_models_are_recorded_and_the_clock_ends_the_run(tmp_path):
