@@ -19,7 +19,8 @@ from slimgemm.benchmarks import machine, records
 
 COMMAND = (
     "OMP_NUM_THREADS=1 pytest tests/benchmarks/test_bench_cpu.py --benchmark-enable "
-    "--benchmark-timer=time.thread_time --benchmark-json=micro.json; "
+    "--benchmark-timer=time.thread_time --benchmark-min-rounds=7 --benchmark-max-time=0.5 "
+    "--benchmark-json=micro.json; "
     "python -m slimgemm.benchmarks.micro micro.json"
 )
 

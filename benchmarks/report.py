@@ -29,7 +29,7 @@ from slimgemm.benchmarks.records import RESULTS, Record
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m slimgemm.benchmarks.report -->", "<!-- end of measured -->"
 OURS, RIVAL = "slimgemm spmm_24", "torch cusparselt"
-HEAD_KEYS = ("device", "driver", "threads", "load_average_before", "load_average_after",
+HEAD_KEYS = ("device", "driver", "threads", "clock", "load_average_before", "load_average_after",
              "torch", "triton", "date", "commit")  # fmt: skip
 # Title, stage and timed model of each row of the demo's table.
 DEMO_STAGES = (
@@ -299,7 +299,8 @@ def readme_section(folder: Path) -> str:
         parts.append(_cpu_table(cpu))
     parts.append(
         f"{_layers_text(folder)}Every recorded row, losing ones too: "
-        "[benchmarks/results](benchmarks/results/README.md). 2:4 on real models without fine-tuning: [pruning.md](benchmarks/results/pruning.md)."
+        "[benchmarks/results](benchmarks/results/README.md). "
+        "2:4 on real models without fine-tuning: [pruning.md](benchmarks/results/pruning.md)."
     )
     return "\n\n".join(parts)
 
