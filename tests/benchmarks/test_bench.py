@@ -148,3 +148,17 @@ def test_the_shapes_are_those_that_were_promised():
     families = {linear.name.partition(".")[0] for linear in LINEARS}
     assert {"llama3-8b", "llama3-70b", "qwen2", "vit-l", "bert"} <= families
     assert {c.name.partition(".")[0] for c in everything.convs} == {"resnet50", "efficientnet-b0"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", bench.OPS)
+def test_every_op_on_a_gpu(op, tmp_path):
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    limits = {torch.bfloat16: Limits(1.0, 100.0)}
+    rows = bench.run(op, settings(tmp_path, device=gpu, dtypes=(torch.bfloat16,)), limits).rows
+    ours = [row for row in rows if row.implementation.startswith("slimgemm")]
+    assert {row.status for row in ours} <= {"timed", "missing"}, [r.reason for r in ours]
+    timed = [row for row in rows if row.status == "timed"]
+    assert any(row.implementation.startswith("slimgemm") for row in timed)
+    assert all(row.host_us_p50 and row.peak_call_bytes is not None for row in timed)
+    assert any(row.graph_us_p50 for row in timed if row.implementation.startswith("torch dense"))
