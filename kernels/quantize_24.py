@@ -67,10 +67,12 @@ def quantize_24(weight: Tensor | Packed24, dtype: torch.dtype) -> tuple[Packed24
     Source: bit layout, kernels/formats.py.
     """
     if isinstance(weight, Packed24):
-        weight = implementation("unpack_24", weight.values.device)(weight)
-    numbers, scale = quantize_rows(weight, dtype)
+        dense: Tensor = implementation("unpack_24", weight.values.device)(weight)
+    else:
+        dense = weight
+    numbers, scale = quantize_rows(dense, dtype)
     # fp16 holds every int8 and every e4m3 number exactly.
-    packed = implementation("pack_24", weight.device)(numbers.half())
+    packed = implementation("pack_24", dense.device)(numbers.half())
     return packed._replace(values=packed.values.to(dtype)), scale
 
 

@@ -299,7 +299,8 @@ def pack_dense_mma_sp(w: Tensor) -> MmaSp:
     Source: orders.py. Twin: orders.to_mma_sp of reference.pack_24_ref.
     """
     launch = _pack(w, fragments=True)
-    return MmaSp(launch.values, launch.meta, *w.shape, w.dtype)
+    n, k = w.shape
+    return MmaSp(launch.values, launch.meta, n, k, w.dtype)
 
 
 def pack_dense_wgmma_sp(w: Tensor) -> WgmmaSp:
@@ -308,4 +309,5 @@ def pack_dense_wgmma_sp(w: Tensor) -> WgmmaSp:
     Arguments and errors as pack_dense_mma_sp; the bits of orders.to_wgmma_sp(pack_24(w)).
     """
     launch = _pack(w, fragments=False)
-    return WgmmaSp(launch.values, launch.meta, *w.shape)
+    n, k = w.shape
+    return WgmmaSp(launch.values, launch.meta, n, k)
