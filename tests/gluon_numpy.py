@@ -195,6 +195,7 @@ def names(block: Block) -> dict[str, Any]:
         "barrier": barrier, "cp_async": cp_async, "cp_async_commit": commit,
         "cp_async_wait": wait, "tma_load": tma_load, "mbarrier": mbarrier,
         "range": scalars, "gl": namespace(block),
+        "as_box": lambda view, desc: view.reshaped(desc.box),
         "arena_address": lambda arena: Tensor(np.int32(gluon_ptx.SMEM_BASE), int32),
     }  # fmt: skip
 
@@ -202,22 +203,28 @@ def names(block: Block) -> dict[str, Any]:
 class Descriptor:
     """A TMA descriptor of a 16-bit matrix: boxes outside its bounds read zero."""
 
-    def __init__(self, tensor: torch.Tensor):
-        if tensor.stride(1) != 1 or tensor.stride(0) % 8 or tensor.data_ptr() % 16:
+    def __init__(self, tensor: torch.Tensor, box: tuple[int, ...]):
+        units = [stride % 8 for stride in tensor.stride()[:-1]]
+        if tensor.stride(-1) != 1 or any(units) or tensor.data_ptr() % 16:
             raise Fault("a TMA tensor must be row-major with 16-byte rows")
-        self.matrix, self.layout = tensor.view(torch.int16).numpy(), Swizzled128()
+        self.values, self.layout = tensor.view(torch.int16).numpy(), Swizzled128()
+        self.box = box
 
     def tile(self, coord, shape) -> np.ndarray:
         out = np.zeros(shape, np.int16)
-        part = self.matrix[coord[0] : coord[0] + shape[0], coord[1] : coord[1] + shape[1]]
-        out[: part.shape[0], : part.shape[1]] = part
+        ranges = [
+            (max(at, 0), max(min(at + count, size), max(at, 0)))
+            for at, count, size in zip(coord, shape, self.values.shape, strict=True)
+        ]
+        inside = tuple(slice(a - at, b - at) for at, (a, b) in zip(coord, ranges, strict=True))
+        out[inside] = self.values[tuple(slice(a, b) for a, b in ranges)]
         return out
 
 
 def argument(value: Any, name: str) -> Any:
     """What the kernel sees for one argument of a launch."""
     if isinstance(value, TmaView):
-        return Descriptor(value.tensor)
+        return Descriptor(value.tensor, value.box)
     return Ptr(Buffer(value, name)) if isinstance(value, torch.Tensor) else value
 
 

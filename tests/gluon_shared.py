@@ -61,6 +61,9 @@ class Shared:
         cut[dim] = slice(start, start + length)
         return Shared(self.alloc, self.where[tuple(cut)], self.block)
 
+    def reshaped(self, shape):
+        return Shared(self.alloc, self.where.reshape(shape), self.block)
+
     def load(self, layout=None) -> Tensor:
         return Tensor(self.alloc.read(self.where, self.block), self.dtype)
 

@@ -5,6 +5,7 @@
     cp_async      async_copy_global_to_shared   as 3.6        async_load     async_load
     tma_load      async_copy_global_to_shared   as 3.6        async_load     async_load
     tma_store     async_copy_shared_to_global   as 3.6        async_store    async_store
+    as_box        memdesc._reinterpret          as 3.6        as 3.6         memdesc.reinterpret
 
 Looked up by presence, not by version number, newest name first (3.9 keeps the old names as stubs
 that raise). Shared memory has no address in Gluon before 3.9's `gl.inline_asm`; the address that
@@ -38,6 +39,21 @@ cp_async_wait = async_copy.wait_group
 tma_load = _newest(tma, "async_load", "async_copy_global_to_shared")
 tma_store = _newest(tma, "async_store", "async_copy_shared_to_global")
 tma_store_wait = tma.store_wait
+
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def as_box(view, desc):
+        """The same shared memory in the shape and layout of a box of the TMA descriptor `desc`."""
+        return view.reinterpret(desc.dtype, desc.block_shape, desc.layout)
+
+else:
+
+    @gluon.jit
+    def as_box(view, desc):
+        """The same shared memory in the shape and layout of a box of the TMA descriptor `desc`."""
+        return view._reinterpret(desc.dtype, desc.block_shape, desc.layout)
 
 
 # Where Gluon gives addresses, no proof is needed.

@@ -16,10 +16,10 @@ EPILOGUE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class TmaView(NamedTuple):
-    """A matrix that a kernel reads by TMA in boxes of `box` [rows, columns]."""
+    """A tensor that a kernel reads by TMA in boxes of `box`, of as many axes."""
 
     tensor: Tensor
-    box: tuple[int, int]
+    box: tuple[int, ...]
 
 
 class Launch(NamedTuple):

@@ -46,6 +46,7 @@ from slimgemm.kernels.gluon.launch import (
 from slimgemm.kernels.gluon.mma_sp import PTX_TYPES_8, values_per_int32
 from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_BYTES, WGMMA_ROWS, WgmmaSp
 from slimgemm.kernels.gluon.place import place_of
+from slimgemm.kernels.gluon.wgmma_image import load_pixels, pixel_of
 from slimgemm.kernels.gluon.wgmma_ptx import descriptor, wgmma_sp_asm, wgmma_sp_constraints
 from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile, wgmma_sp_tile
 
@@ -56,7 +57,7 @@ ARENA_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int
 @gluon.jit
 def producer(
     w_desc, x_desc, arena, full, empty, M, N, K,
-    TILE: gl.constexpr, PER: gl.constexpr, GROUP: gl.constexpr,
+    TILE: gl.constexpr, PER: gl.constexpr, GROUP: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """Fill stage after stage, over all tiles of this program."""
     TOKENS: gl.constexpr = TILE.tokens
@@ -74,21 +75,24 @@ def producer(
             mbarrier.expect(full.index(slot), UNITS * 16384)
             unit = slot * UNITS
             tma_load(w_desc, [pid_n * 128, block * 64], full.index(slot), arena.index(unit))
-            # Boxes of X: first all tokens of one half of the block's columns, then of the other.
-            for box in gl.static_range(2 * TOKENS // BOX):
-                view = arena.index(unit + 1 + box * BOX // 128)
-                if BOX < 128:
-                    view = view.slice(box * BOX % 128, BOX, dim=0)
-                row = pid_m * TOKENS + box * BOX % TOKENS
-                at_k = block * 128 + box * BOX // TOKENS * 64
-                tma_load(x_desc, [row, at_k], full.index(slot), view)
+            if BOXES is None:
+                # Boxes of X: all tokens of one half of the block's columns, then of the other.
+                for box in gl.static_range(2 * TOKENS // BOX):
+                    view = arena.index(unit + 1 + box * BOX // 128)
+                    if BOX < 128:
+                        view = view.slice(box * BOX % 128, BOX, dim=0)
+                    row = pid_m * TOKENS + box * BOX % TOKENS
+                    at_k = block * 128 + box * BOX // TOKENS * 64
+                    tma_load(x_desc, [row, at_k], full.index(slot), view)
+            else:
+                load_pixels(x_desc, arena, unit + 1, full.index(slot), pid_m, block, K, BOXES)
             step += 1
 
 
 @gluon.jit
 def store_tokens(
     acc, y_ptr, first_m, first_n, M, N,
-    TOKENS: gl.constexpr, OUT: gl.constexpr, ACT: gl.constexpr,
+    TOKENS: gl.constexpr, OUT: gl.constexpr, ACT: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """Activation of acc [64, TOKENS], and its transpose to rows first_m ... of Y."""
     y = activate(acc, ACT).to(y_ptr.dtype.element_ty).permute([1, 0])
@@ -96,8 +100,12 @@ def store_tokens(
     y = gl.convert_layout(y, OUT)
     token = first_m + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, OUT))
     feature = first_n + gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
-    at = y_ptr + (token.to(gl.int64) * N)[:, None] + feature[None, :]
-    gl.store(at, y, mask=(token < M)[:, None] & (feature < N)[None, :])
+    line = token
+    on = token < M
+    if BOXES is not None:
+        line, on = pixel_of(token, BOXES)
+    at = y_ptr + (line.to(gl.int64) * N)[:, None] + feature[None, :]
+    gl.store(at, y, mask=on[:, None] & (feature < N)[None, :])
 
 
 @gluon.jit
@@ -108,9 +116,9 @@ def store_half(
     """store_tokens in two parts; the branches keep the second from being begun before its turn."""
     low, high = gl.split(acc.reshape([64, 2, TOKENS // 2]).permute([0, 2, 1]))
     if first_m < M:
-        store_tokens(low, y_ptr, first_m, first_n, M, N, TOKENS // 2, OUT, ACT)
+        store_tokens(low, y_ptr, first_m, first_n, M, N, TOKENS // 2, OUT, ACT, None)
     if first_m + TOKENS // 2 < M:
-        store_tokens(high, y_ptr, first_m + TOKENS // 2, first_n, M, N, TOKENS // 2, OUT, ACT)
+        store_tokens(high, y_ptr, first_m + TOKENS // 2, first_n, M, N, TOKENS // 2, OUT, ACT, None)
 
 
 @gluon.jit
@@ -156,7 +164,7 @@ def consumer(
     arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty, M, N, K,
     WG: gl.constexpr, TILE: gl.constexpr, ORDERED: gl.constexpr, KIND: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr,
-    HAS_TOKEN_SCALE: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr,
+    HAS_TOKEN_SCALE: gl.constexpr, ACT: gl.constexpr, GROUP: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     """Rows 64 WG ... 64 WG + 63 of every tile of this program."""
     TOKENS: gl.constexpr = TILE.tokens
@@ -214,7 +222,7 @@ def consumer(
             second = pid_m * TOKENS + TOKENS // 2
             store_half(high, y_ptr, second, first_n, M, N, TOKENS // 2, OUT, ACT)
         else:
-            store_tokens(acc, y_ptr, pid_m * TOKENS, first_n, M, N, TOKENS, OUT, ACT)
+            store_tokens(acc, y_ptr, pid_m * TOKENS, first_n, M, N, TOKENS, OUT, ACT, BOXES)
 
 
 @gluon.jit
@@ -222,7 +230,7 @@ def _wgmma_sp_kernel(
     w_desc, words_ptr, x_desc, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, M, N, K,
     TILE: gl.constexpr, ORDERED: gl.constexpr, KIND: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_SCALE: gl.constexpr, SCALE_PER_ROW: gl.constexpr, HAS_TOKEN_SCALE: gl.constexpr,
-    ACT: gl.constexpr, GROUP: gl.constexpr,
+    ACT: gl.constexpr, GROUP: gl.constexpr, BOXES: gl.constexpr,
 ):  # fmt: skip
     PER: gl.constexpr = values_per_int32(KIND)
     FLOATS: gl.constexpr = gl.bfloat16 if KIND == "bf16" else gl.float16
@@ -240,11 +248,11 @@ def _wgmma_sp_kernel(
         [
             (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty,
                         M, N, K, 0, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW,
-                        HAS_TOKEN_SCALE, ACT, GROUP)),
+                        HAS_TOKEN_SCALE, ACT, GROUP, BOXES)),
             (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty,
                         M, N, K, 1, TILE, ORDERED, KIND, HAS_BIAS, HAS_SCALE, SCALE_PER_ROW,
-                        HAS_TOKEN_SCALE, ACT, GROUP)),
-            (producer, (w_desc, x_desc, arena, full, empty, M, N, K, TILE, PER, GROUP)),
+                        HAS_TOKEN_SCALE, ACT, GROUP, BOXES)),
+            (producer, (w_desc, x_desc, arena, full, empty, M, N, K, TILE, PER, GROUP, BOXES)),
         ],
         [4, 1],
         [232, 24],
@@ -266,7 +274,8 @@ def prepare(
     """What spmm_24_wgmma_sp launches, with at most `programs` programs; or, of a Packed24, what
     spmm_24_wgmma_packed does."""
     ordered = isinstance(w_hw, WgmmaSp)
-    m, (n, k) = math.prod(x.shape[:-1]), (w_hw.n, w_hw.k) if ordered else w_hw.shape
+    n, k = (w_hw.n, w_hw.k) if isinstance(w_hw, WgmmaSp) else w_hw.shape
+    m = math.prod(x.shape[:-1])
     words = w_hw.meta if ordered else w_hw.meta.view(torch.int16)
     tile = tile or wgmma_sp_tile(m)
     out = x.new_empty(*x.shape[:-1], n, dtype=out_dtype or x.dtype)
@@ -284,14 +293,14 @@ def prepare(
             TILE=tile, ORDERED=ordered, KIND=(PTX_TYPES | PTX_TYPES_8)[x.dtype],
             HAS_BIAS=bias is not None, HAS_SCALE=scale is not None,
             SCALE_PER_ROW=scale is not None and scale.numel() > 1,
-            HAS_TOKEN_SCALE=token_scale is not None, ACT=act, GROUP=8,
+            HAS_TOKEN_SCALE=token_scale is not None, ACT=act, GROUP=8, BOXES=None,
         ),
         warps=4, out=out, parts=None,
     )  # fmt: skip
 
 
 @functools.cache
-def _box_layout(box: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def _box_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(box), ARENA_TYPES[dtype])
 
 

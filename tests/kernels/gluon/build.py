@@ -29,6 +29,7 @@ from slimgemm.kernels.gluon import (
     pack,
     pack_dense,
     unpack,
+    wgmma_conv,
     wgmma_sp,
 )
 from slimgemm.kernels.gluon.compat import arena_at_zero
@@ -89,6 +90,14 @@ def wgmma_sp_launch(tokens, dtype=torch.bfloat16, m=None, n=128, ordered=True, *
     )  # fmt: skip
 
 
+def wgmma_conv_launch(kernel=3, channels=64, size=14, dtype=torch.bfloat16, **epilogue):
+    conv = convolution((128, channels, kernel, kernel), padding=kernel // 2)
+    packed = prune_24_ref(torch.zeros(128, conv.k, dtype=dtype))
+    x = torch.zeros(2, channels, size, size, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return wgmma_sp._wgmma_sp_kernel, wgmma_conv.prepare(x, packed, conv, **epilogue)
+
+
 def cases():
     """name -> (architecture, function that gives kernel and launch)."""
     table = {}
@@ -107,6 +116,14 @@ def cases():
             "sm_90",
             lambda m=most: mma_conv_launch(m, kernel=1, channels=1024),
         )
+    table["wgmma_conv/3x3/128"] = ("sm_90", wgmma_conv_launch)
+    table["wgmma_conv/1x1/128"] = ("sm_90", lambda: wgmma_conv_launch(1, 256, 7))
+    table["wgmma_conv/epilogue/128"] = (
+        "sm_90",
+        lambda: wgmma_conv_launch(
+            dtype=torch.float16, channels=256, size=56, act="gelu", bias=torch.zeros(128)
+        ),
+    )
     full_128 = dict(bias=torch.zeros(128), scale=torch.zeros(128))
     full = dict(bias=torch.zeros(16), scale=torch.zeros(16))
     for act in ("relu", "gelu", "gelu_tanh", "silu", "relu2"):

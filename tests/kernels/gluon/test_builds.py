@@ -92,7 +92,8 @@ def check_wgmma_sp(rows):
         # Two consumers of four steps; the metadata of a block, and once early: one 8-byte load, or
         # four 2-byte ones of the canonical format.
         assert row["counts"][f"HGMMA.SP.64x{tokens}x32.{kind}"] == 8, row
-        width, loads = ("U16", 16) if name.startswith("wgmma_packed") else ("64", 4)
+        canonical = name.startswith(("wgmma_packed", "wgmma_conv"))
+        width, loads = ("U16", 16) if canonical else ("64", 4)
         assert row["counts"][f"LDG.E.{width}"] == loads, row
         assert row["counts"]["UTMALDG"] == 1 + max(2, 2 * tokens // 128), row
         # All of Y in 16-byte stores: 64 x tokens values of 2 bytes over 128 lanes, two consumers.
@@ -125,6 +126,7 @@ def test_short_set(tmp_path):
     table = ["mma_sp/sm_80/8", "mma_sp/sm_86/128", "mma_sp/sm_120/64"]
     others = ["mma_sp/epilogue/gelu", "mma_sp/general/64", "mma_sp/one_token"]
     wide = ["wgmma_sp/sm_90/64", "wgmma_sp/epilogue/128", "wgmma_packed/epilogue/256"]
+    wide.append("wgmma_conv/epilogue/128")
     packs = ["pack/sm_80/values", "pack/sm_90/words_128"]
     dense = ["pack_dense/sm_80/mma_sp", "pack_dense/sm_90/wgmma_sp", "unpack_dense/sm_90/mma_sp"]
     rows = build([*table, *others, *wide, *packs, *dense], tmp_path)
@@ -165,8 +167,8 @@ def test_integers_that_the_jit_makes_constants_of(tmp_path):
 
 @build_all
 def test_every_wgmma_tile(tmp_path):
-    rows = build(["wgmma_sp/*", "wgmma_packed/*"], tmp_path)
-    assert len(rows) == 4 * len(WGMMA_SP_TILES)
+    rows = build(["wgmma_sp/*", "wgmma_packed/*", "wgmma_conv/*"], tmp_path)
+    assert len(rows) == 4 * len(WGMMA_SP_TILES) + 3
     check_wgmma_sp(rows)
 
 

@@ -13,6 +13,7 @@ from slimgemm.kernels.gluon import (
     pack,
     pack_dense,
     unpack,
+    wgmma_conv,
     wgmma_packed,
     wgmma_sp,
 )
@@ -171,3 +172,6 @@ def test_mma_conv(name, dtype):
     for splits in (None, 3):
         got = mma_conv.conv2d_24_mma(x, packed, w.shape, splits=splits, **options)
         assert_no_worse_than_dense(got, dense, exact, "mma_conv")
+    if torch.cuda.get_device_capability() == (9, 0) and "stride" not in options:
+        got = wgmma_conv.conv2d_24_wgmma(x, packed, w.shape, **options)
+        assert_no_worse_than_dense(got, dense, exact, "wgmma_conv")

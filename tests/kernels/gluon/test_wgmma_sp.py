@@ -91,7 +91,7 @@ CONSUMER, PRODUCER, STORE = wgmma_sp.consumer, wgmma_sp.producer, wgmma_sp.store
 WORDS = wgmma_sp.load_words
 FULL_WAIT = "mbarrier.wait(full.index(slot), (step // STAGES) & 1)"
 EMPTY_WAIT = "mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)"
-MASK = "mask=(token < M)[:, None] & (feature < N)[None, :]"
+MASK = "mask=on[:, None] & (feature < N)[None, :]"
 FIRST_WORDS = (
     "        words = load_words(words_ptr, pid_n, 0, row, column, N, K, WG, ORDERED, PER)\n"
 )
@@ -110,8 +110,8 @@ FAULTS = {  # name: function, old, new, message
     "metadata past the last block": (
         CONSUMER, "gl.minimum(block + 1, blocks - 1)", "(block + 1)", "out of bounds: words_ptr",
     ),
-    "store past Y": (STORE, MASK, MASK.replace("token < M", "token < M + 64"), "y_ptr"),
-    "features past Y": (STORE, MASK, "mask=(token < M)[:, None]", "stored twice|y_ptr"),
+    "store past Y": (STORE, "on = token < M\n", "on = token < M + 64\n", "y_ptr"),
+    "features past Y": (STORE, MASK, "mask=on[:, None]", "stored twice|y_ptr"),
     "second half of X": (
         wgmma_sp.wgmma_sp_asm, "(tokens * 128 // 16)", "(tokens * 64 // 16)", "before it was read",
     ),
