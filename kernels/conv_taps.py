@@ -34,7 +34,7 @@ def tap_constants(
     Args:
         corner: padding above and to the left.
     """
-    constants = {}
+    constants: dict[str, int] = {}
     for axis, s, p, d in zip("HW", stride, corner, dilation, strict=True):
         if forward:
             names = {"MUL": s, "ADD": -p, "TAP": d, "DIV": 1, "PERIOD": 1, "INVERSE": 0, "STEP": d}
