@@ -66,7 +66,8 @@ class Search(Amount):
         patterns: what may be chosen: Channels() once, NofM patterns.
         higher_is_better: of the metric.
         score, calibration, ignore, seed, energy: as for `plan`; Magnitude(p=2) by default.
-        latency: where layers are measured, for a latency; else a table in the cache folder.
+        latency: where layers are measured, for a latency; else a table in the cache folder. A
+            ModelLatency (profile.measure_latency) is taken as it is.
         deploy: copy of a finished model -> the model that is timed, as one that compresses it.
         joules: model -> measured millijoules of a forward; max_energy_mj is of these then.
         folder: journal, snapshots and pictures; a killed search with the same folder goes on.
@@ -92,7 +93,7 @@ class Search(Amount):
     ignore: Sequence[str] = ()
     seed: int = 0
     energy: str = "horowitz45"
-    latency: LatencyTable | None = field(default=None, repr=False)
+    latency: LatencyTable | ModelLatency | None = field(default=None, repr=False)
     deploy: Callable[[nn.Module], nn.Module] | None = field(default=None, repr=False)
     joules: Callable[[nn.Module], float] | None = field(default=None, repr=False)
     folder: str | os.PathLike[str] | None = field(default=None, repr=False)
@@ -174,7 +175,8 @@ class Search(Amount):
     def _measure(self, task: Task, space: Space) -> None:
         """The latency table, and a copy of it in the folder, so that a resumed search reads it."""
         own = task.folder / "latency.json"
-        source = self.latency or LatencyTable(_device(task.model))
+        given = self.latency or LatencyTable(_device(task.model))
+        source = given.table if isinstance(given, ModelLatency) else given
         table = LatencyTable(
             source.device, path=own, twin=source.twin, rounds=source.rounds,
             statistic=source.statistic,
@@ -182,9 +184,13 @@ class Search(Amount):
         if not own.is_file():
             table.times = copy.deepcopy(source.times)
         if "rest" not in task.journal:
-            latency = measure_latency(space, table)
-            source.times = copy.deepcopy(table.times)
-            source.save()
+            if isinstance(given, ModelLatency):
+                latency = given
+                table.save()
+            else:
+                latency = measure_latency(space, table)
+                source.times = copy.deepcopy(table.times)
+                source.save()
             task.journal.add("rest", {"kind": "rest", "us": sorted(latency.rest.items())})
         task.latency = ModelLatency(table, {int(k): us for k, us in task.journal["rest"]["us"]})
         space.geometry.latency = task.latency

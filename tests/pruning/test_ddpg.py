@@ -22,12 +22,13 @@ def test_one_seed_gives_one_history():
 
 
 def test_it_learns_which_action_pays():
-    agent = Agent(2, 0, hidden=32, actor_rate=1e-2, critic_rate=1e-2, tau=0.1, batch=32)
+    agent = Agent(2, 0, hidden=32, actor_rate=3e-4, critic_rate=3e-3, tau=0.05, batch=32)
     state = torch.tensor([0.2, 0.9])
-    for _ in range(60):
+    assert abs(agent.act(state, 0.0) - 0.7) > 0.15
+    for _ in range(40):
         action = agent.act(state, 0.5)
-        agent.learn([Transition(state, action, -((action - 0.8) ** 2), None)], 8)
-    assert abs(agent.act(state, 0.0) - 0.8) < 0.12
+        agent.learn([Transition(state, action, -10 * (action - 0.7) ** 2, None)], 6)
+    assert abs(agent.act(state, 0.0) - 0.7) < 0.1
 
 
 def test_the_baseline_is_a_moving_average_and_memory_is_bounded():
@@ -47,8 +48,9 @@ def test_the_value_of_a_state_includes_what_follows():
     )
     agent.average = 0.0
     first, last = torch.tensor([0.0]), torch.tensor([1.0])
-    for _ in range(40):
+    for _ in range(30):
         agent.learn([Transition(first, 0.5, 0.0, last), Transition(last, 0.5, 2.0, None)], 8)
     action = torch.tensor([[0.5]])
-    assert abs(float(agent.critic(last[None], action)) - 2) < 0.3
-    assert float(agent.critic(first[None], action)) > 1
+    with torch.no_grad():
+        assert abs(float(agent.critic(last[None], action)) - 2) < 0.3
+        assert float(agent.critic(first[None], action)) > 1
