@@ -1,4 +1,4 @@
-"""`slimgemm tune`: measure this GPU into the table that spmm_24 is dispatched from."""
+"""`slimgemm tune`: measure this GPU into the table that 2:4 layers are dispatched from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from slimgemm.benchmarks.progress import Loop
-    from slimgemm.kernels.tune import Job
+    from slimgemm.kernels.tune_jobs import AnyJob, ConvJob
     from slimgemm.kernels.tune_table import Choice, Row
 
 HUNG = 3  # exit code when a kernel does not come back
@@ -29,9 +29,20 @@ def tune(
         str,
         typer.Option(
             help="Comma-separated: NxK (out x in features), a model (llama3-8b, vit-l, ...), one "
-            f"of its layers (llama3-8b.qkv), or {LAYERS} for eight layers of large models."
+            f"of its layers (llama3-8b.qkv), or {LAYERS} for eight layers of large models. "
+            f"Default: {LAYERS}, or none with --convs."
         ),
-    ] = LAYERS,
+    ] = "",
+    convs: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: convolutions of a model (resnet50, efficientnet-b0) or one of "
+            "them (resnet50.layer2.3x3)."
+        ),
+    ] = "",
+    batch: Annotated[
+        str, typer.Option(help="Comma-separated numbers of images of --convs.")
+    ] = "32",
     dtype: Annotated[str, typer.Option(help="Comma-separated: fp16, bf16, fp32.")] = "bf16",
     tokens: Annotated[
         str,
@@ -49,16 +60,16 @@ def tune(
     ] = False,
     device: Annotated[int, typer.Option(min=0, help="Number of the CUDA device.")] = 0,
 ) -> None:
-    """Check and time every implementation of the 2:4 product on this GPU, and remember the fastest.
+    """Check and time every implementation of 2:4 layers on this GPU, and remember the fastest.
 
-    A packed linear layer then runs on the fastest implementation that gave right results for its
-    shape. Exit code 2 for bad input or no GPU, 3 if a kernel hangs: run it again, it goes on.
+    A packed layer then runs on the fastest implementation that gave right results for its shape.
+    Exit code 2 for bad input or no GPU, 3 if a kernel hangs: run it again, it goes on.
     """
     import torch
     from rich.console import Console
 
     try:
-        work = todo(shapes, dtype, tokens)
+        work = todo(shapes, dtype, tokens, convs, batch)
     except ValueError as error:
         fail(str(error))
     if not torch.cuda.is_available():
@@ -102,23 +113,72 @@ def named_shapes(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def todo(shapes: str, dtype: str, tokens: str) -> list[Job]:
-    """The rows that the options ask for.
+def named_convs(text: str, batches: Sequence[int], dtype: torch.dtype) -> list[ConvJob]:
+    """The comma-separated convolutions of models, over each number of images.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    from slimgemm.benchmarks.shapes import CONVS, RESNET50
+    from slimgemm.kernels.conv_layout import convolution
+    from slimgemm.kernels.tune_jobs import ConvJob
+
+    known = {conv.name: conv for conv in (*RESNET50, *CONVS)}
+    found: list[ConvJob] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        layers = [c for name, c in known.items() if part in (name, name.partition(".")[0])]
+        if not layers:
+            models = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
+            raise ValueError(f"convs must be {models} or their layers, got {part!r}")
+        for c in layers:
+            shape = (c.channels_out, c.channels_in // c.groups, c.kernel, c.kernel)
+            conv = convolution(shape, c.stride, c.padding, groups=c.groups)
+            found += [ConvJob(dtype, conv, images, c.image, c.image) for images in batches]
+    return found
+
+
+def counts(name: str, text: str) -> list[int]:
+    """Comma-separated whole numbers; ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in parts if not part.isdecimal() or int(part) < 1]:
+        raise ValueError(f"{name} must be whole numbers, got {unknown[0]!r}")
+    return list(map(int, parts))
+
+
+def todo(shapes: str, dtype: str, tokens: str, convs: str = "", batch: str = "") -> list[AnyJob]:
+    """The rows that the options ask for: linear layers, then convolutions.
 
     Raises:
         ValueError: an option names nothing, or what cannot be tuned.
     """
-    from slimgemm.kernels.tune import TOKENS, jobs
+    from slimgemm.kernels.tune_jobs import TOKENS, conv_jobs, jobs
     from slimgemm.kernels.tune_table import DTYPES
 
     by_name = {name: kind for kind, name in DTYPES.items()}
     kinds = [name.strip() for name in dtype.split(",")]
     if unknown := [name for name in kinds if name not in by_name]:
         raise ValueError(f"dtype must be one of {', '.join(by_name)}, got {unknown[0]!r}")
-    counts = [part.strip() for part in tokens.split(",")] if tokens else list(map(str, TOKENS))
-    if unknown := [count for count in counts if not count.isdecimal()]:
-        raise ValueError(f"tokens must be whole numbers, got {unknown[0]!r}")
-    return jobs(named_shapes(shapes), [by_name[name] for name in kinds], list(map(int, counts)))
+    dtypes = [by_name[name] for name in kinds]
+    rows = counts("tokens", tokens) if tokens else list(TOKENS)
+    linears = named_shapes(shapes or ("" if convs else LAYERS))
+    work: list[AnyJob] = [*jobs(linears, dtypes, rows)] if linears or not convs else []
+    if convs:
+        images = counts("batch", batch)
+        found = conv_jobs(job for kind in dtypes for job in named_convs(convs, images, kind))
+        if not found:
+            raise ValueError(f"convs must name a convolution, got {convs!r}")
+        done = {job.shape for job in work}
+        work += [job for job in found if job.shape not in done]
+    return work
+
+
+def place(row: Row) -> str:
+    """A row's shape in a few words."""
+    if row.conv is None:
+        return f"{row.n}x{row.k} {row.dtype} m={row.m}"
+    conv = row.conv
+    kernel = "x".join(map(str, conv.kernel))
+    return f"{conv.channels}->{conv.out} {kernel} {row.dtype} {row.m} pixels"
 
 
 def line(row: Row) -> str:
@@ -134,17 +194,17 @@ def line(row: Row) -> str:
 
 def complaints(rows: Sequence[Row]) -> list[str]:
     """Each candidate that was wrong or failed somewhere, with the first reason."""
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, str, str], str] = {}
     for row in rows:
         for result in row.results:
             if result.verdict != "ok":
-                where = f"{row.n}x{row.k} {row.dtype} m={row.m}: {result.reason}"
-                seen.setdefault((result.verdict, str(result.choice)), where)
-    return [f"{verdict}: {choice}, {where}" for (verdict, choice), where in seen.items()]
+                key = (row.op, result.verdict, str(result.choice))
+                seen.setdefault(key, f"{place(row)}: {result.reason}")
+    return [f"{verdict}: {choice}, {where}" for (_, verdict, choice), where in seen.items()]
 
 
 def measure(
-    work: Sequence[Job],
+    work: Sequence[AnyJob],
     device: torch.device,
     out: Path | None,
     minutes: float,
@@ -166,7 +226,7 @@ def measure(
     path = out or tune_table.user_path(head)
     loop: Loop
 
-    def progress(job: Job, done: int, of: int, name: str) -> None:
+    def progress(job: AnyJob, done: int, of: int, name: str) -> None:
         loop.show(f"{job}: {done + 1} of {of}, {name}")
 
     def on_hang(choice: Choice) -> None:
@@ -181,7 +241,8 @@ def measure(
     left = tuning.left(work, table, tuner)
     with Steps(console, loops=1) as steps, steps.loop("rows", len(left)) as loop:
         for job, row, why in tuning.tune(left, table, path, tuner, minutes=minutes):
-            failed = f"not measured, --quick or fewer --tokens take less memory: {why}"
+            cure = "--quick, fewer --tokens or a smaller --batch take less memory"
+            failed = f"not measured, {cure}: {why}"
             steps.say(f"{job}: {line(row) if row else failed}")
             rows += [row] if row else []
             missing += row is None

@@ -106,6 +106,34 @@ CONVS = (
     Conv("efficientnet-b0.head", 32, 320, 1280, 7, 1),
     Conv("efficientnet-b0.depthwise", 32, 240, 240, 28, 5, 1, 240),
 )
+
+
+def _resnet50() -> tuple[Conv, ...]:
+    """Every distinct convolution of ResNet-50 at 224 x 224 pixels, in order.
+
+    The stride of a stage is in its 3 x 3, as in torchvision.
+    """
+    found = [Conv("resnet50.stem", 32, 3, 64, 224, 7, 2)]
+    for stage, (width, before, image) in enumerate(
+        ((64, 64, 56), (128, 256, 56), (256, 512, 28), (512, 1024, 14)), 1
+    ):
+        name, stride = f"resnet50.layer{stage}", 1 if stage == 1 else 2
+        out = image // stride
+        found += [
+            Conv(f"{name}.first", 32, before, width, image, 1),
+            Conv(f"{name}.first3x3", 32, width, width, image, 3, stride),
+            Conv(f"{name}.downsample", 32, before, 4 * width, image, 1, stride),
+            Conv(f"{name}.expand", 32, width, 4 * width, out, 1),
+            Conv(f"{name}.reduce", 32, 4 * width, width, out, 1),
+            Conv(f"{name}.3x3", 32, width, width, out, 3),
+        ]
+    distinct: dict[tuple[object, ...], Conv] = {}
+    for conv in found:
+        distinct.setdefault(conv[1:], conv)
+    return tuple(distinct.values())
+
+
+RESNET50 = _resnet50()
 # Share of channels kept, and whether the kept channels come in whole runs of 64 or anywhere.
 CHANNEL_RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 CHANNEL_RUN = 64

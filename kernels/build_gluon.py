@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from slimgemm.kernels.build_operands import ALIGNED, operand
+from slimgemm.kernels.conv_layout import convolution
+from slimgemm.kernels.gluon.mma_packed_tiles import MMA_PACKED_TILES, mma_packed_tile
 from slimgemm.kernels.gluon.mma_tiles import ARCHITECTURES as MMA_SP_ARCHS
 from slimgemm.kernels.gluon.mma_tiles import MMA_SP_TILES, MMA_SP_WIDENED_TILES, mma_sp_tile
 from slimgemm.kernels.gluon.orders import to_mma_sp, to_wgmma_sp
@@ -23,10 +25,13 @@ from slimgemm.kernels.reference import prune_24_ref
 
 __all__ = [
     "MMA_SP_ARCHS",
+    "conv2d_24_mma",
     "pack_dense",
     "scaled_spmm_24_mma_sp",
     "scaled_spmm_24_wgmma_sp",
+    "spmm_24_mma_packed",
     "spmm_24_mma_sp",
+    "spmm_24_wgmma_packed",
     "spmm_24_wgmma_sp",
     "unpack_dense",
 ]
@@ -51,6 +56,48 @@ def spmm_24_mma_sp(dtype: torch.dtype, arch: str) -> Cases:
         if mma_sp_tile(m, aligned=False).tokens >= m:
             yield f"m {m} ragged", functools.partial(warm, m, k - 3, 1)
         yield f"m {m} split", functools.partial(warm, m, k, 4)
+
+
+def spmm_24_mma_packed(dtype: torch.dtype, arch: str) -> Cases:
+    """Every tile from the canonical format with a full epilogue: K of whole blocks, K with a mask,
+    split, and rows of x at any address."""
+    file = importlib.import_module("slimgemm.kernels.gluon.mma_packed")
+    n = ALIGNED[1]
+
+    def warm(most: int, k: int, splits: int, aligned: bool) -> Any:
+        bias, x = operand(n, dtype=dtype), operand(most, k + (not aligned), dtype=dtype)[:, :k]
+        weight = prune_24_ref(torch.zeros(n, k, dtype=dtype))
+        go = file.prepare(x, weight, bias, bias, "gelu", splits=splits)  # its own choice of tile
+        warmup = file._mma_packed_kernel.warmup
+        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    for most in MMA_PACKED_TILES:
+        # Blocks of 256 columns for each warp along K; 32 less is a block with a mask.
+        whole = 256 * mma_packed_tile(most).warps_k
+        yield f"m {most}", functools.partial(warm, most, whole, 1, True)
+        yield f"m {most} masked", functools.partial(warm, most, whole - 32, 1, True)
+        yield f"m {most} split", functools.partial(warm, most, 2 * whole, 4, True)
+        if mma_packed_tile(most, aligned=False).tokens >= most:
+            yield f"m {most} odd", functools.partial(warm, most, whole, 1, False)
+
+
+def conv2d_24_mma(dtype: torch.dtype, arch: str) -> Cases:
+    """Every tile of the convolution on mma.sp with a full epilogue: 3 x 3, 1 x 1, and split."""
+    file = importlib.import_module("slimgemm.kernels.gluon.mma_conv")
+    out = ALIGNED[1]
+
+    def warm(most: int, kernel: int, channels: int, splits: int) -> Any:
+        conv = convolution((out, channels, kernel, kernel), padding=kernel // 2)
+        weight = prune_24_ref(torch.zeros(out, conv.k, dtype=dtype))
+        x = operand(1, 1, most, channels, dtype=dtype).permute(0, 3, 1, 2)
+        go = file.prepare(x, weight, conv, operand(out, dtype=dtype), "gelu", splits=splits)
+        warmup = file._mma_packed_kernel.warmup
+        return warmup(*go.args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    for most in {file.mma_conv_tile(m): m for m in MMA_PACKED_TILES}.values():
+        yield f"m {most}", functools.partial(warm, most, 3, 64, 1)
+        yield f"m {most} 1x1", functools.partial(warm, most, 1, 1024, 1)
+        yield f"m {most} split", functools.partial(warm, most, 3, 128, 4)
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -85,16 +132,18 @@ def scaled_spmm_24_mma_sp(dtype: torch.dtype, arch: str) -> Cases:
         yield f"m {m} split", functools.partial(warm, m, k, 4)
 
 
-def spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:
-    """Every tile of the Hopper kernel, plain and with a full epilogue."""
+def spmm_24_wgmma_sp(dtype: torch.dtype, arch: str, packed: bool = False) -> Cases:
+    """Every tile of the Hopper kernel, plain and with a full epilogue; `packed`: from the canonical
+    format."""
     file = importlib.import_module("slimgemm.kernels.gluon.wgmma_sp")
     _, n, k = ALIGNED
 
     def warm(tokens: int, act: str) -> Any:
         x = operand(tokens, k, dtype=dtype)
         bias = None if act == "none" else operand(n, dtype=dtype)
-        weight = to_wgmma_sp(prune_24_ref(torch.zeros(n, k, dtype=dtype)))
-        go = file.prepare(x, weight, bias, bias, act, tile=WGMMA_SP_TILES[tokens])
+        weight = prune_24_ref(torch.zeros(n, k, dtype=dtype))
+        ordered = weight if packed else to_wgmma_sp(weight)
+        go = file.prepare(x, ordered, bias, bias, act, tile=WGMMA_SP_TILES[tokens])
         args = [file._descriptor(a) if isinstance(a, file.TmaView) else a for a in go.args]
         warmup = file._wgmma_sp_kernel.warmup
         return warmup(*args, grid=go.grid, num_warps=go.warps, **go.constants)
@@ -102,6 +151,9 @@ def spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:
     for tokens in WGMMA_SP_TILES:
         yield f"m {tokens}", functools.partial(warm, tokens, "none")
         yield f"m {tokens} gelu", functools.partial(warm, tokens, "gelu")
+
+
+spmm_24_wgmma_packed = functools.partial(spmm_24_wgmma_sp, packed=True)
 
 
 def scaled_spmm_24_wgmma_sp(dtype: torch.dtype, arch: str) -> Cases:

@@ -24,10 +24,13 @@ from slimgemm.kernels.build_conv import (
 )
 from slimgemm.kernels.build_gluon import (
     MMA_SP_ARCHS,
+    conv2d_24_mma,
     pack_dense,
     scaled_spmm_24_mma_sp,
     scaled_spmm_24_wgmma_sp,
+    spmm_24_mma_packed,
     spmm_24_mma_sp,
+    spmm_24_wgmma_packed,
     spmm_24_wgmma_sp,
     unpack_dense,
 )
@@ -200,6 +203,10 @@ OPS = {
     "spmm_24_dgrad": Op(_spmm_24_dgrad, FLOAT_DTYPES, True),
     "spmm_24_wgrad": Op(_spmm_24_wgrad, FLOAT_DTYPES, True),
     "spmm_24_mma_sp": Op(spmm_24_mma_sp, SPARSE_DTYPES, True, MMA_SP_ARCHS, "_mma_sp_kernel"),
+    "spmm_24_mma_packed": Op(
+        spmm_24_mma_packed, SPARSE_DTYPES, True, MMA_SP_ARCHS, "_mma_packed_kernel"
+    ),
+    "conv2d_24_mma": Op(conv2d_24_mma, SPARSE_DTYPES, True, MMA_SP_ARCHS, "_mma_packed_kernel"),
     "scaled_spmm_24_mma_sp": Op(
         scaled_spmm_24_mma_sp, SCALED_DTYPES, True, MMA_SP_ARCHS, "_mma_sp_kernel"
     ),
@@ -207,6 +214,9 @@ OPS = {
         scaled_spmm_24_wgmma_sp, SCALED_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"
     ),
     "spmm_24_wgmma_sp": Op(spmm_24_wgmma_sp, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"),
+    "spmm_24_wgmma_packed": Op(
+        spmm_24_wgmma_packed, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"
+    ),
     **{
         f"{verb}_{order}": Op(
             functools.partial(cases, fragments=fragments),

@@ -191,6 +191,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def is_nhwc(x: Tensor) -> bool:
+    """True if `x` [B, C, H, W] is channels_last with no gaps between its elements."""
+    return x.permute(0, 2, 3, 1).is_contiguous() and memory_format(x) is torch.channels_last
+
+
 def conv_matrix(w: Tensor) -> Tensor:
     """A dense weight [O, C, kh, kw] as the matrix [O, kh * kw * Cp] that is packed."""
     if w.ndim != 4 or not w.dtype.is_floating_point:

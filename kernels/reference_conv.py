@@ -37,7 +37,7 @@ def unpack_conv_ref(packed: Packed24, weight_shape: Sequence[int]) -> Tensor:
     return conv_weight(unpack_24_ref(packed), weight_shape)
 
 
-def _pad(x: Tensor, conv: Convolution) -> tuple[Tensor, dict[str, Any]]:
+def pad_input(x: Tensor, conv: Convolution) -> tuple[Tensor, dict[str, Any]]:
     """`x`, padded where torch's own padding cannot, and the rest of conv2d's arguments."""
     top, bottom, left, right = conv.padding
     options = {"stride": conv.stride, "dilation": conv.dilation, "groups": conv.groups}
@@ -46,7 +46,7 @@ def _pad(x: Tensor, conv: Convolution) -> tuple[Tensor, dict[str, Any]]:
     return F.pad(x, (left, right, top, bottom)), {"padding": 0, **options}
 
 
-def _formatted(y: Tensor, like: Tensor) -> Tensor:
+def formatted(y: Tensor, like: Tensor) -> Tensor:
     """`y` with the strides of a new tensor in the memory format that `like` asks for."""
     layout = memory_format(like)
     # `contiguous` would leave the strides of an axis of one element, or of no element, as they are.
@@ -64,10 +64,10 @@ def conv2d_24_ref(
     conv = convolution(weight_shape, stride, padding, dilation, groups)
     check_image("x", x, conv.channels * groups, w.values)
     conv.output_size(*x.shape[2:])
-    padded, options = _pad(x, conv)
+    padded, options = pad_input(x, conv)
     bias = None if bias is None else bias.to(x.dtype)
     y = F.conv2d(padded, unpack_conv_ref(w, weight_shape), bias, **options)
-    return _formatted(activate(y, act), x)
+    return formatted(activate(y, act), x)
 
 
 def conv2d_24_dgrad_ref(
@@ -80,13 +80,13 @@ def conv2d_24_dgrad_ref(
     check_image("dy", dy, conv.out, w.values)
     check_output_gradient(dy, input_shape, conv)
     # Only the shape of the input is read: one element stands for all.
-    padded, options = _pad(dy.new_empty(1).expand(*input_shape), conv)
+    padded, options = pad_input(dy.new_empty(1).expand(*input_shape), conv)
     dense = unpack_conv_ref(w, weight_shape)
     dx = grad.conv2d_input(padded.shape, dense, dy, **options)
     if padded.shape[2:] != tuple(input_shape[2:]):
         top, _, left, _ = conv.padding
         dx = dx[:, :, top : top + input_shape[2], left : left + input_shape[3]]
-    return _formatted(dx, dy)
+    return formatted(dx, dy)
 
 
 def conv2d_24_wgrad_ref(
@@ -100,6 +100,6 @@ def conv2d_24_wgrad_ref(
     check_image("dy", dy, conv.out, w.values)
     check_image("x", x, conv.channels * groups, w.values)
     check_output_gradient(dy, x.shape, conv)
-    padded, options = _pad(x, conv)
+    padded, options = pad_input(x, conv)
     dw = grad.conv2d_weight(padded, conv.weight_shape, dy, **options)
     return gather_24_ref(conv_matrix(dw), w)

@@ -1,4 +1,4 @@
-"""Measures the implementations of spmm_24, shape by shape, into a table for dispatch.py.
+"""Measures the implementations of 2:4 products, shape by shape, into a table for dispatch.py.
 
 Each candidate (an implementation with one of its tiles) is first checked against float64 by the
 tolerance rule, plain and with bias, scale and activation; one that is wrong is recorded and never
@@ -20,82 +20,38 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from slimgemm.kernels.dispatch import implementation
+from slimgemm.kernels.dispatch import Plans
 from slimgemm.kernels.formats import Packed24
-from slimgemm.kernels.implementations import IMPLEMENTATIONS, Candidate, Run
-from slimgemm.kernels.reference import allowed_error, output_error, spmm_24_ref
+from slimgemm.kernels.implementations import CONVOLUTIONS, IMPLEMENTATIONS, Candidate
 from slimgemm.kernels.timing import Call, Times, time_us
+from slimgemm.kernels.tune_jobs import INPUT_SETS, AnyJob, ConvJob, Judge
 from slimgemm.kernels.tune_table import (
-    DTYPES,
     FAILED,
     HEAD,
     OK,
-    WRONG,
     Choice,
     Result,
     Row,
     Table,
-    choice_from_json,
     choice_to_json,
     load,
     save,
+    stopped_from_json,
 )
 
-OP = "spmm_24"
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096, 8192)
-INPUT_SETS = 4  # a graph runs them all: none finds its weight in the L2
 ROUNDS = 20
 # A candidate may take this long to be built and checked; beyond it, it counts as hanging.
 HANG_S = 180.0
-ACTIVATION = "silu"  # of the second check, with bias and scale
 
 Clock = Callable[[Mapping[str, Sequence[Call]]], Mapping[str, Times]]
 
 
-class Job(NamedTuple):
-    """One row to be measured: y [m, n] = x [m, k] @ w.T in `dtype`."""
-
-    dtype: torch.dtype
-    n: int
-    k: int
-    m: int
-
-    @property
-    def shape(self) -> tuple[str, str, int, int, int]:
-        """The Row.shape that it makes."""
-        return (OP, DTYPES[self.dtype], self.n, self.k, self.m)
-
-    def __str__(self) -> str:
-        return f"{self.n}x{self.k} {DTYPES[self.dtype]} m={self.m}"
-
-
 class Stopped(RuntimeError):
     """The GPU no longer answers after a candidate; only a new process can go on."""
-
-
-def jobs(
-    shapes: Sequence[tuple[int, int]], dtypes: Sequence[torch.dtype], tokens: Sequence[int]
-) -> list[Job]:
-    """Every combination, shape by shape; tokens ascending.
-
-    Raises:
-        ValueError: nothing to do, or a size that cannot be tuned.
-    """
-    if not (shapes and dtypes and tokens):
-        raise ValueError("tune needs at least one shape, dtype and token count")
-    for m in tokens:
-        if m < 1 or m & (m - 1):
-            raise ValueError(f"tokens must be powers of two (rows are dispatched by them), got {m}")
-    for n, k in shapes:
-        if n < 1 or k < 1:
-            raise ValueError(f"a shape must be NxK with both from 1, got {n}x{k}")
-    pairs, counts = dict.fromkeys(shapes), sorted(set(tokens))
-    return [Job(dtype, n, k, m) for dtype in dtypes for n, k in pairs for m in counts]
 
 
 @dataclass(frozen=True)
@@ -105,8 +61,9 @@ class Tuner:
     Args:
         device: where.
         clock: name -> calls, one per input set -> microseconds per call.
-        choices: what is tried for (m, n, k, dtype).
-        candidates: name -> implementation.
+        choices: what is tried for (m, n, k, dtype) of a linear layer.
+        conv_choices: what is tried for a convolution.
+        candidates, convolutions: name -> implementation, as Plans has them.
         on_hang: called from another thread when a candidate takes longer than HANG_S.
         progress: called before each candidate with (job, done, of, candidate).
     """
@@ -114,20 +71,27 @@ class Tuner:
     device: torch.device
     clock: Clock
     choices: Callable[[int, int, int, torch.dtype], Sequence[Choice]]
+    conv_choices: Callable[[ConvJob], Sequence[Choice]]
     candidates: Mapping[str, Candidate] = field(default_factory=lambda: IMPLEMENTATIONS)
+    convolutions: Mapping[str, Candidate] = field(default_factory=lambda: CONVOLUTIONS)
     on_hang: Callable[[Choice], None] = lambda choice: None
-    progress: Callable[[Job, int, int, str], None] = lambda job, done, of, name: None
+    progress: Callable[[AnyJob, int, int, str], None] = lambda job, done, of, name: None
 
-    def inputs(self, job: Job) -> list[tuple[Tensor, Packed24]]:
-        """Random x [m, k] and 2:4 weights [n, k] with random metadata; seeds 0, 1, ..."""
-        prune = implementation("prune_24", self.device)
-        sets = []
-        for seed in range(INPUT_SETS):
-            g = torch.Generator(self.device).manual_seed(seed)
-            w = torch.randn(job.n, job.k, generator=g, device=self.device) * job.k**-0.5
-            x = torch.randn(job.m, job.k, generator=g, device=self.device)
-            sets.append((x.to(job.dtype), prune(w.to(job.dtype))))
-        return sets
+    def inputs(self, job: AnyJob) -> list[tuple[Tensor, Packed24]]:
+        """Operands with seeds 0, 1, ..."""
+        return [job.inputs(self.device, seed) for seed in range(INPUT_SETS)]
+
+    def tried(self, job: AnyJob) -> Sequence[Choice]:
+        """What is tried for `job`."""
+        if isinstance(job, ConvJob):
+            return self.conv_choices(job)
+        return self.choices(job.m, job.n, job.k, job.dtype)
+
+    def known(self, job: AnyJob, table: Table) -> Mapping[str, Candidate]:
+        """Name -> implementation of the op of `job`; `linear` runs what `table` says."""
+        if isinstance(job, ConvJob):
+            return Plans(table, self.candidates, self.convolutions).convolutions
+        return self.candidates
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -137,14 +101,14 @@ class Tuner:
 def gpu_tuner(
     device: torch.device,
     on_hang: Callable[[Choice], None],
-    progress: Callable[[Job, int, int, str], None],
+    progress: Callable[[AnyJob, int, int, str], None],
     quick: bool = False,
 ) -> Tuner:
     """The Tuner of a CUDA device, which it makes the current one.
 
     `quick`: with each implementation's own tile alone.
     """
-    from slimgemm.kernels import tune_tiles
+    from slimgemm.kernels import tune_conv, tune_tiles
 
     torch.cuda.set_device(device)  # Triton launches on the current device
     gpu = tune_tiles.gpu_of(device)
@@ -156,43 +120,11 @@ def gpu_tuner(
         found = [of(m, n, k, dtype, gpu) for of in tune_tiles.CHOICES.values()]
         return [choice for of in found for choice in (of[:1] if quick else of)]
 
-    return Tuner(device, clock, choices, on_hang=on_hang, progress=progress)
+    def conv_choices(job: ConvJob) -> list[Choice]:
+        found = [of(job, gpu) for of in tune_conv.CHOICES.values()]
+        return [choice for of in found for choice in (of[:1] if quick else of)]
 
-
-class Judge:
-    """Knows what spmm_24 must give for one pair of operands, plain and with an epilogue."""
-
-    def __init__(self, x: Tensor, w: Packed24) -> None:
-        g = torch.Generator(x.device).manual_seed(INPUT_SETS)
-        bias, scale = torch.randn(2, w.shape[0], generator=g, device=x.device).to(x.dtype)
-        self.operands = x, w
-        self.cases: list[tuple[tuple, Tensor, float]] = []
-        wide = w._replace(values=w.values.double())
-        epilogues: list[tuple[Tensor | None, Tensor | None, str]] = [
-            (None, None, "none"),
-            (bias, scale, ACTIVATION),
-        ]
-        for epilogue in epilogues:
-            wide_bias, wide_scale = (t if t is None else t.double() for t in epilogue[:2])
-            exact = spmm_24_ref(x.double(), wide, wide_bias, wide_scale, epilogue[2])
-            allowed = allowed_error(spmm_24_ref(x, w, *epilogue), exact)
-            self.cases.append((epilogue, exact, allowed))
-
-    def judge(self, choice: Choice, run: Run) -> Result:
-        """`run` on the operands, compared: ok without a time, or wrong. The worse case counts."""
-        worst: tuple[float, float] = (-1.0, 1.0)
-        for epilogue, exact, allowed in self.cases:
-            got = run(*self.operands, *epilogue)
-            if got.shape != exact.shape or got.dtype != self.operands[0].dtype:
-                why = f"gave {got.dtype} {list(got.shape)}"
-                return Result(choice, WRONG, reason=why)
-            error = output_error(got, exact)
-            if not error <= allowed:  # NaN too
-                why = f"error {error:.2e} > {allowed:.2e}, act {epilogue[2]}"
-                known = error if error < float("inf") else None
-                return Result(choice, WRONG, None, known, allowed, why)
-            worst = max(worst, (error, allowed), key=lambda pair: pair[0] / pair[1])
-        return Result(choice, OK, None, *worst)
+    return Tuner(device, clock, choices, conv_choices, on_hang=on_hang, progress=progress)
 
 
 def first_line(error: BaseException) -> str:
@@ -207,7 +139,7 @@ def journal_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def attempt(tuner: Tuner, dtype: str, choice: Choice, path: Path) -> Iterator[None]:
+def attempt(tuner: Tuner, op: str, dtype: str, choice: Choice, path: Path) -> Iterator[None]:
     """Name `choice` in the journal while it runs; the name stays if the process dies.
 
     Raises:
@@ -215,7 +147,8 @@ def attempt(tuner: Tuner, dtype: str, choice: Choice, path: Path) -> Iterator[No
     """
     journal = journal_path(path)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    journal.write_text(json.dumps({"dtype": dtype, **choice_to_json(choice)}), encoding="utf-8")
+    entry = {"op": op, "dtype": dtype, **choice_to_json(choice)}
+    journal.write_text(json.dumps(entry), encoding="utf-8")
     timer = threading.Timer(HANG_S, tuner.on_hang, [choice])
     timer.daemon = True
     timer.start()
@@ -233,29 +166,26 @@ def attempt(tuner: Tuner, dtype: str, choice: Choice, path: Path) -> Iterator[No
         journal.unlink(missing_ok=True)
 
 
-def check_all(tuner: Tuner, job: Job, table: Table, path: Path, over: Call) -> list[Result]:
+def check_all(tuner: Tuner, job: AnyJob, table: Table, path: Path, over: Call) -> list[Result]:
     """Every candidate for `job` that takes its operands, checked; none timed yet.
 
     Args:
         over: raises when the time is up.
     """
-    x, w = tuner.inputs(job)[0]
-    judge, dtype = Judge(x, w), DTYPES[job.dtype]
-    choices = [
-        choice
-        for choice in tuner.choices(job.m, job.n, job.k, job.dtype)
-        if tuner.candidates[choice.implementation].takes(x, w)
-    ]
+    x, w = job.inputs(tuner.device, 0)
+    judge, (op, dtype), known = Judge(job, x, w), job.shape[:2], tuner.known(job, table)
+    operands = job.operands(x, w)
+    choices = [c for c in tuner.tried(job) if known[c.implementation].takes(*operands)]
     results = []
     for done, choice in enumerate(choices):
         over()
-        if (dtype, choice) in table.stopped:
+        if (op, dtype, choice) in table.stopped:
             results.append(Result(choice, FAILED, reason="an earlier run ended while it ran"))
             continue
         tuner.progress(job, done, len(choices), str(choice))
         try:
-            with attempt(tuner, dtype, choice, path):
-                run = tuner.candidates[choice.implementation].bind(choice.tile, choice.splits)
+            with attempt(tuner, op, dtype, choice, path):
+                run = known[choice.implementation].bind(choice.tile, choice.splits)
                 results.append(judge.judge(choice, run))
         except Stopped:
             raise
@@ -264,15 +194,16 @@ def check_all(tuner: Tuner, job: Job, table: Table, path: Path, over: Call) -> l
     return results
 
 
-def time_all(tuner: Tuner, job: Job, results: Sequence[Result]) -> list[Result]:
+def time_all(tuner: Tuner, job: AnyJob, table: Table, results: Sequence[Result]) -> list[Result]:
     """The same results, with the times of those that are ok; a failure in timing is one too."""
-    sets = tuner.inputs(job)
+    sets, known = tuner.inputs(job), tuner.known(job, table)
     calls: dict[str, list[Call]] = {}
     for result in results:
         if result.verdict == OK:
             choice = result.choice
-            run = tuner.candidates[choice.implementation].bind(choice.tile, choice.splits)
-            calls[str(choice)] = [functools.partial(run, x, w, None, None, "none") for x, w in sets]
+            run = known[choice.implementation].bind(choice.tile, choice.splits)
+            plain = [job.arguments(x, w, None, None, "none") for x, w in sets]
+            calls[str(choice)] = [functools.partial(run, *arguments) for arguments in plain]
     times, failed = _timed(tuner.clock, calls)
     timed = []
     for result in results:
@@ -323,7 +254,7 @@ def resumed(path: Path, head: Mapping[str, str]) -> Table:
     if journal.is_file():
         try:
             content = json.loads(journal.read_text(encoding="utf-8"))
-            entry = (content["dtype"], choice_from_json(content))
+            entry = stopped_from_json(content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{journal} is damaged: {error}; delete it") from None
         if entry not in table.stopped:
@@ -333,14 +264,14 @@ def resumed(path: Path, head: Mapping[str, str]) -> Table:
     return table
 
 
-def left(todo: Sequence[Job], table: Table, tuner: Tuner) -> list[Job]:
+def left(todo: Sequence[AnyJob], table: Table, tuner: Tuner) -> list[AnyJob]:
     """What of `todo` the table lacks: rows, or choices of an implementation that a row has."""
     rows = {row.shape: {result.choice for result in row.results} for row in table.rows}
 
-    def lacking(job: Job) -> bool:
+    def lacking(job: AnyJob) -> bool:
         tried = rows.get(job.shape, set())
         names = {choice.implementation for choice in tried}
-        wanted = tuner.choices(job.m, job.n, job.k, job.dtype)
+        wanted = tuner.tried(job)
         return not tried or any(c.implementation in names and c not in tried for c in wanted)
 
     return [job for job in todo if lacking(job)]
@@ -351,14 +282,14 @@ class _TimeUp(Exception):
 
 
 def tune(
-    todo: Sequence[Job],
+    todo: Sequence[AnyJob],
     table: Table,
     path: Path,
     tuner: Tuner,
     *,
     minutes: float = float("inf"),
     now: Callable[[], float] = time.monotonic,
-) -> Iterator[tuple[Job, Row | None, str]]:
+) -> Iterator[tuple[AnyJob, Row | None, str]]:
     """Measure `todo` row by row, and write `table` with each new row to `path`.
 
     Args:
@@ -378,13 +309,13 @@ def tune(
     for job in left(todo, table, tuner):
         try:
             over()
-            results = time_all(tuner, job, check_all(tuner, job, table, path, over))
+            results = time_all(tuner, job, table, check_all(tuner, job, table, path, over))
         except _TimeUp:
             return
         except torch.OutOfMemoryError as error:
             yield job, None, first_line(error)
             continue
-        row = Row(*job.shape, tuple(results))
+        row = Row(*job.shape[:5], tuple(results), job.shape[5])
         others = tuple(old for old in table.rows if old.shape != row.shape)
         table = table._replace(rows=(*others, row))
         save(table, path)

@@ -1,4 +1,4 @@
-"""The table of measured times that spmm_24 is dispatched from: one JSON file per GPU model.
+"""The table of measured times that 2:4 products are dispatched from: one JSON file per GPU model.
 
 A file holds a head (what it was measured on, and with which versions) and rows; a row is one shape
 with every candidate that competed, the losers and the wrong ones too. `find` gives the user's file
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from slimgemm.kernels.implementations import IMPLEMENTATIONS, Fields
+from slimgemm.kernels.conv_layout import Convolution, convolution
+from slimgemm.kernels.implementations import BY_OP, Fields
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # What must be as it was when the times were taken: dispatch ignores a table where it is not.
 SAME = ("gpu", "compute_capability", "torch", "triton", "slimgemm")
@@ -61,8 +62,16 @@ class Result(NamedTuple):
     reason: str = ""
 
 
+# (op, dtype, n, k, m, conv) of a Row
+Shape = tuple[str, str, int, int, int, Convolution | None]
+
+
 class Row(NamedTuple):
-    """One shape of one op: y [m, n] = x [m, k] @ w.T; `results` fastest first, then the rest."""
+    """One shape of one op: y [m, n] = x [m, k] @ w.T; `results` fastest first, then the rest.
+
+    Args:
+        conv: of a convolution; its packed weight is [n, k], and m counts output pixels.
+    """
 
     op: str
     dtype: str
@@ -70,10 +79,12 @@ class Row(NamedTuple):
     k: int
     m: int
     results: tuple[Result, ...]
+    conv: Convolution | None = None
 
     @property
-    def shape(self) -> tuple[str, str, int, int, int]:
-        return self[:5]
+    def shape(self) -> Shape:
+        """What is measured once."""
+        return self.op, self.dtype, self.n, self.k, self.m, self.conv
 
     @property
     def ranked(self) -> list[Result]:
@@ -86,29 +97,48 @@ class Table(NamedTuple):
 
     Args:
         head: gpu, compute_capability, driver, torch, triton, slimgemm, commit, date, command.
-        stopped: (dtype, choice) whose run never came back: they are not tried again.
+        stopped: (op, dtype, choice) whose run never came back: they are not tried again.
     """
 
     head: Mapping[str, str]
     rows: tuple[Row, ...] = ()
-    stopped: tuple[tuple[str, Choice], ...] = ()
+    stopped: tuple[tuple[str, str, Choice], ...] = ()
 
     def agrees(self, head: Mapping[str, str], keys: Iterable[str] = SAME) -> bool:
         """True if this table is of the same GPU and versions as `head`."""
         return all(self.head.get(key) == head.get(key) for key in keys)
 
-    def row_for(self, op: str, dtype: str, n: int, k: int, m: int) -> Row | None:
+    def row_for(
+        self, op: str, dtype: str, n: int, k: int, m: int, conv: Convolution | None = None
+    ) -> Row | None:
         """The row that speaks for this shape, or None.
 
-        Its (N, K) is the same, or the nearest one in log distance within NEAR in each; its m is the
-        smallest measured one that is not below `m`, or the largest.
+        Its (N, K) is the same, or the nearest one in log distance within NEAR in each, and all else
+        of a convolution (kernel, stride, padding, dilation, groups) is the same. Its m is, both
+        rounded up to powers of two, the smallest measured one not below `m`, or the largest.
         """
-        rows = [row for row in self.rows if row.op == op and row.dtype == dtype and row.ranked]
+        rows = [
+            row
+            for row in self.rows
+            if row.op == op and row.dtype == dtype and _same_walk(row.conv, conv) and row.ranked
+        ]
         nearest = min({(row.n, row.k) for row in rows}, key=lambda p: _far(p, n, k), default=None)
         if nearest is None or math.isinf(_far(nearest, n, k)[0]):
             return None
         of_shape = sorted((r for r in rows if (r.n, r.k) == nearest), key=lambda r: r.m)
-        return next((row for row in of_shape if row.m >= m), of_shape[-1])
+        return next((row for row in of_shape if bucket(row.m) >= bucket(m)), of_shape[-1])
+
+
+def bucket(rows: int) -> int:
+    """`rows` rounded up to a power of two: calls of one bucket run the same implementation."""
+    return 1 << (rows - 1).bit_length()
+
+
+def _same_walk(a: Convolution | None, b: Convolution | None) -> bool:
+    """True if `a` and `b` differ in their channels at most, or neither is a convolution."""
+    if a is None or b is None:
+        return a is b
+    return a._replace(out=b.out, channels=b.channels) == b
 
 
 def _far(pair: tuple[int, int], n: int, k: int) -> tuple[float, int, int]:
@@ -172,11 +202,8 @@ def find(head: Mapping[str, str]) -> Table | None:
 def save(table: Table, path: Path) -> None:
     """Write `table`, all or nothing: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {**row._asdict(), "results": [_result_to_json(r) for r in row.results]}
-        for row in table.rows
-    ]
-    stopped = [{"dtype": dtype, **choice_to_json(choice)} for dtype, choice in table.stopped]
+    stopped = [{"op": op, "dtype": d, **choice_to_json(choice)} for op, d, choice in table.stopped]
+    rows = [_row_to_json(row) for row in table.rows]
     content = {"format": FORMAT, "head": dict(table.head), "rows": rows, "stopped": stopped}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -201,7 +228,7 @@ def load(path: Path) -> Table:
         if missing:
             raise ValueError(f"its head lacks {', '.join(missing)}")
         rows = tuple(_row_from_json(row) for row in content["rows"])
-        stopped = tuple((_dtype(s["dtype"]), choice_from_json(s)) for s in content["stopped"])
+        stopped = tuple(stopped_from_json(entry) for entry in content["stopped"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -214,6 +241,11 @@ def choice_to_json(choice: Choice) -> dict[str, Any]:
     """A Choice as it is written; choice_from_json reads it."""
     tile = None if choice.tile is None else dict(choice.tile)
     return {"implementation": choice.implementation, "tile": tile, "splits": choice.splits}
+
+
+def _row_to_json(row: Row) -> dict[str, Any]:
+    conv = None if row.conv is None else row.conv._asdict()
+    return {**row._asdict(), "results": [_result_to_json(r) for r in row.results], "conv": conv}
 
 
 def _result_to_json(result: Result) -> dict[str, Any]:
@@ -247,27 +279,59 @@ def _measured(value: Any, name: str, least: float) -> float | None:
     return float(value)
 
 
-def choice_from_json(found: Mapping[str, Any]) -> Choice:
-    """A Choice of a known implementation, with whole numbers in it."""
+def choice_from_json(found: Mapping[str, Any], op: str) -> Choice:
+    """A Choice of a known implementation of `op`, with whole numbers in it."""
     name, tile, splits = found["implementation"], found["tile"], found["splits"]
-    if name not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"implementation must be one of {known}, got {name!r}")
+    if name not in BY_OP[op]:
+        known = ", ".join(BY_OP[op])
+        raise ValueError(f"implementation of {op} must be one of {known}, got {name!r}")
     if tile is not None:
         tile = tuple((key, _count(value, f"tile {key}")) for key, value in tile.items())
     return Choice(name, tile, None if splits is None else _count(splits, "splits"))
 
 
+def stopped_from_json(found: Mapping[str, Any]) -> tuple[str, str, Choice]:
+    """(op, dtype, choice) of a candidate that did not come back."""
+    op = _op(found["op"])
+    return op, _dtype(found["dtype"]), choice_from_json(found, op)
+
+
+def _op(value: Any) -> str:
+    if value not in BY_OP:
+        raise ValueError(f"op must be one of {', '.join(BY_OP)}, got {value!r}")
+    return value
+
+
 def _row_from_json(found: Mapping[str, Any]) -> Row:
+    op = _op(found["op"])
     n, k, m = (_count(found[name], name) for name in ("n", "k", "m"))
-    results = [_result_from_json(result) for result in found["results"]]
+    conv = None if found["conv"] is None else _conv_from_json(found["conv"])
+    if (conv is None) != (op == "spmm_24"):
+        raise ValueError(f"conv of {op} must be {'null' if conv else 'a geometry'}")
+    if conv is not None and (n, k) != (conv.out, conv.k):
+        raise ValueError(f"n and k must be {conv.out} and {conv.k} for its conv, got {n} and {k}")
+    results = [_result_from_json(result, op) for result in found["results"]]
     rank = {OK: 0, FAILED: 1, WRONG: 1}
     results.sort(key=lambda r: (rank[r.verdict], r.us_p50 or 0.0))
-    return Row(_text(found["op"], "op"), _dtype(found["dtype"]), n, k, m, tuple(results))
+    return Row(op, _dtype(found["dtype"]), n, k, m, tuple(results), conv)
 
 
-def _result_from_json(found: Mapping[str, Any]) -> Result:
-    choice, verdict = choice_from_json(found), found["verdict"]
+def _conv_from_json(found: Mapping[str, Any]) -> Convolution:
+    """A Convolution as _asdict wrote it."""
+    lengths = {"kernel": 2, "stride": 2, "padding": 4, "dilation": 2}
+    for name, length in lengths.items():
+        # `convolution` says what is too small; it would take other lengths and words too.
+        if not isinstance(found[name], list) or len(found[name]) != length:
+            raise ValueError(f"conv {name} must be {length} whole numbers, got {found[name]!r}")
+    numbers = [v for value in found.values() for v in (value if type(value) is list else [value])]
+    if any(type(number) is not int for number in numbers):
+        raise ValueError(f"conv must hold whole numbers, got {dict(found)}")
+    shape = (found["out"], found["channels"], *found["kernel"])
+    return convolution(shape, found["stride"], found["padding"], found["dilation"], found["groups"])
+
+
+def _result_from_json(found: Mapping[str, Any], op: str) -> Result:
+    choice, verdict = choice_from_json(found, op), found["verdict"]
     if verdict not in (OK, WRONG, FAILED):
         raise ValueError(f"verdict must be {OK}, {WRONG} or {FAILED}, got {verdict!r}")
     us = _measured(found["us_p50"], "us_p50", 0.0)

@@ -78,7 +78,7 @@ def portable_choices(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> li
     tiles += [base._replace(stages=base.stages + more) for more in (-1, 1, 2)]
     fits = [t for t in tiles if portable_fits(t, dtype.itemsize, gpu.smem_bytes)]
     programs, steps = -(-m // base.m) * -(-n // base.n), -(-k // base.k)
-    return _with_splits("portable", fits, programs, steps, gpu)
+    return with_splits("portable", fits, programs, steps, gpu)
 
 
 def mma_choices(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> list[Choice]:
@@ -103,7 +103,7 @@ def mma_choices(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> list[Ch
         and fits(t, known)
     ]
     programs, rounds = -(-n // base.rows) * -(-m // base.tokens), -(-k // (256 * base.warps_k))
-    return _with_splits("mma_sp", legal, programs, rounds, gpu)
+    return with_splits("mma_sp", legal, programs, rounds, gpu)
 
 
 def wgmma_choices(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> list[Choice]:
@@ -116,7 +116,7 @@ def wgmma_choices(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> list[
     return [Choice("wgmma_sp", fields_of(tile)) for tile in tiles]
 
 
-def _with_splits(name: str, tiles: list[Any], programs: int, steps: int, gpu: Gpu) -> list[Choice]:
+def with_splits(name: str, tiles: list[Any], programs: int, steps: int, gpu: Gpu) -> list[Choice]:
     """Each tile with the splits its launcher takes, and the first with half and twice of them.
 
     Args:

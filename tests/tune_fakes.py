@@ -3,6 +3,7 @@
 import torch
 
 from slimgemm.kernels.reference import spmm_24_ref
+from slimgemm.kernels.reference_conv import conv2d_24_ref
 from slimgemm.kernels.timing import Times
 from slimgemm.kernels.tune import Tuner
 from slimgemm.kernels.tune_table import OK, Choice, Result, Row, Table
@@ -12,7 +13,7 @@ HEAD = {
     "triton": "3.99", "slimgemm": "0.1", "commit": "c0ffee", "date": "2026-01-01",
     "command": "slimgemm tune",
 }  # fmt: skip
-US = {"portable": 20.0, "mma_sp": 5.0, "wgmma_sp": 1.0, "dense": 9.0}
+US = {"portable": 20.0, "mma_sp": 5.0, "wgmma_sp": 1.0, "dense": 9.0, "linear": 7.0}
 
 
 class Fake:
@@ -22,9 +23,9 @@ class Fake:
         self.run, self.answer = run, takes
         self.asked, self.bound, self.calls = 0, [], 0
 
-    def takes(self, x, w):
+    def takes(self, x, w, *conv):
         self.asked += 1
-        return self.answer(x, w) if callable(self.answer) else self.answer
+        return self.answer(x, w, *conv) if callable(self.answer) else self.answer
 
     def bind(self, tile, splits):
         self.bound.append((tile, splits))
@@ -71,9 +72,30 @@ def fake_choices(m, n, k, dtype):
     return [Choice("dense"), *mma, Choice("wgmma_sp"), Choice("portable")]
 
 
-def tuner(candidates=None, **more):
-    options = {"clock": clock, "choices": fake_choices, **more}
-    return Tuner(torch.device("cpu"), candidates=candidates or fakes(), **options)
+def wrong_conv(*args):
+    """Right but for one element, and only with an activation."""
+    y = conv2d_24_ref(*args)
+    if args[-1] != "none":
+        y[-1, -1, -1, -1] += 1
+    return y
+
+
+def conv_fakes():
+    """dense is right, mma_sp wrong and faster, portable raises."""
+    return {"dense": Fake(conv2d_24_ref), "mma_sp": Fake(wrong_conv), "portable": Fake(raising)}
+
+
+def fake_conv_choices(job):
+    mma = (Choice("mma_sp", (("mt", 1),)), Choice("mma_sp", (("mt", 1),), 2))
+    return [Choice("dense"), *mma, Choice("portable"), Choice("linear")]
+
+
+def tuner(candidates=None, convolutions=None, **more):
+    options = {
+        "clock": clock, "choices": fake_choices, "conv_choices": fake_conv_choices,
+        "candidates": candidates or fakes(), "convolutions": convolutions or conv_fakes(), **more,
+    }  # fmt: skip
+    return Tuner(torch.device("cpu"), **options)
 
 
 def ok(choice, us):

@@ -27,6 +27,7 @@ from slimgemm.kernels.conv_layout import (
     check_image,
     check_weight,
     convolution,
+    is_nhwc,
 )
 from slimgemm.kernels.formats import Packed24
 from slimgemm.kernels.gluon.launch import Launch, check_epilogue, multiprocessors
@@ -82,7 +83,7 @@ def why_not_conv(x: Tensor, packed: Packed24, conv: Convolution) -> str:
             f"input channels must be a multiple of {STAGE_CHANNELS}, got {conv.channels}; "
             "conv2d_24 takes any"
         )
-    if not x.permute(0, 2, 3, 1).is_contiguous() or x.data_ptr() % 16:
+    if not is_nhwc(x) or x.data_ptr() % 16:
         return (
             f"x must be channels_last and 16-byte aligned, got strides {x.stride()}; "
             "call x.contiguous(memory_format=torch.channels_last) first"

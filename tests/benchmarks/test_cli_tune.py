@@ -9,8 +9,8 @@ import torch
 from tune_fakes import HEAD, Fake, fake_choices, fakes, tuner
 from typer.testing import CliRunner
 
-from slimgemm.benchmarks import cli, cli_tune, machine
-from slimgemm.kernels import tune, tune_table
+from slimgemm.benchmarks import cli, cli_tune, machine, shapes
+from slimgemm.kernels import tune, tune_jobs, tune_table
 from slimgemm.kernels.reference import spmm_24_ref
 
 SMALL = ["--shapes", "16x32,24x32", "--tokens", "4,1"]
@@ -57,6 +57,9 @@ def test_without_a_gpu_it_says_so(monkeypatch):
         (["--shapes", "16x0"], "both from 1, got 16x0"),
         (["--tokens", "3"], "powers of two (rows are dispatched by them), got 3"),
         (["--tokens", "-1"], "tokens must be whole numbers, got '-1'"),
+        (["--convs", "vgg"], "convs must be resnet50, efficientnet-b0 or their layers, got 'vgg'"),
+        (["--convs", ","], "convs must name a convolution, got ','"),
+        (["--convs", "resnet50", "--batch", "0"], "batch must be whole numbers, got '0'"),
         (["--dtype", "int8"], "dtype must be one of fp16, bf16, fp32, got 'int8'"),
         (["--device", "1", *SMALL], "device must be below 1, got 1"),
     ],
@@ -73,7 +76,50 @@ def test_shapes_by_name():
     eight = cli_tune.named_shapes("sparse-tensor-cores")
     assert len(eight) == 8 and (57344, 8192) in eight
     work = cli_tune.todo("sparse-tensor-cores", "bf16,fp16", "")
-    assert len(work) == 2 * 8 * len(tune.TOKENS)
+    assert len(work) == 2 * 8 * len(tune_jobs.TOKENS)
+
+
+def test_convolutions_by_name():
+    work = cli_tune.todo("", "bf16", "", "resnet50", "32")
+    convs = [job for job in work if job.shape[0] == "conv2d_24"]
+    assert len(convs) == 23 and sum(job.linear is not None for job in convs) == 12
+    layers = {(job.conv.weight_shape, job.conv.stride[0], job.height) for job in convs}
+    assert ((64, 3, 7, 7), 2, 224) in layers and ((512, 512, 3, 3), 2, 14) in layers
+    assert ((2048, 1024, 1, 1), 2, 14) in layers and ((2048, 512, 1, 1), 1, 7) in layers
+    # The linear layer that a convolution is as well comes before it.
+    for job in convs:
+        if job.linear is not None:
+            assert work.index(job.linear) < work.index(job)
+    one = cli_tune.todo("", "bf16,fp16", "", "resnet50.layer2.3x3", "1,8")
+    assert [str(job) for job in one] == [
+        f"128->128 3x3 {kind} images {n}x28x28" for kind in ("bf16", "fp16") for n in (1, 8)
+    ]
+    both = cli_tune.todo("16x32", "bf16", "1", "efficientnet-b0.depthwise", "1")
+    assert [str(job) for job in both] == [
+        "16x32 bf16 m=1", "240->240 5x5 groups 240 bf16 images 1x28x28",
+    ]  # fmt: skip
+
+
+def test_convolutions_are_tuned_after_their_linear_layers_and_go_on(gpu, monkeypatch):
+    tiny = (
+        shapes.Conv("tiny.1x1", 2, 8, 16, 3, 1), shapes.Conv("tiny.3x3", 2, 8, 16, 3, 3, 2),
+    )  # fmt: skip
+    monkeypatch.setattr(shapes, "RESNET50", tiny)
+    done = invoke("--convs", "tiny", "--batch", "2")
+    assert done.exit_code == 0, done.output
+    assert "16x8 bf16 m=32: mma_sp 5.0 us, dense 9.0 us (1 wrong, 1 failed)" in done.output
+    one = "8->16 1x1 bf16 images 2x3x3: linear 7.0 us, dense 9.0 us (2 wrong, 1 failed)"
+    assert one in done.output
+    assert "8->16 3x3 stride 2 bf16 images 2x3x3: dense 9.0 us (2 wrong, 1 failed)" in done.output
+    assert "wrong: mma_sp mt=1, 8->16 1x1 bf16 18 pixels: error " in done.output
+    assert "3 measured, 0 from before" in done.output
+    table = tune_table.load(tune_table.user_path(HEAD))
+    assert [(row.op, row.m) for row in table.rows] == [
+        ("spmm_24", 32), ("conv2d_24", 18), ("conv2d_24", 8),
+    ]  # fmt: skip
+    assert "0 measured, 3 from before" in invoke("--convs", "tiny", "--batch", "2").output
+    more = invoke("--convs", "tiny.3x3", "--batch", "2,4").output
+    assert "1 measured, 1 from before" in more
 
 
 def test_it_writes_where_dispatch_looks_and_goes_on_there(gpu):

@@ -13,16 +13,16 @@ import gluon_numpy
 import pytest
 import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
-from tune_fakes import HEAD, Fake, clock, fake_choices, fakes, raising, tuner
+from tune_fakes import HEAD, Fake, clock, fake_choices, fake_conv_choices, fakes, raising, tuner
 
-from slimgemm.kernels import dispatch, tune, tune_tiles
+from slimgemm.kernels import dispatch, tune, tune_jobs, tune_tiles
 from slimgemm.kernels.gluon import mma_packed
 from slimgemm.kernels.implementations import IMPLEMENTATIONS
 from slimgemm.kernels.reference import pack_24_ref, spmm_24_ref
 from slimgemm.kernels.tune_table import Choice, Table, choice_from_json, choice_to_json, load
 
 BF16 = torch.bfloat16
-JOBS = tune.jobs([(16, 32), (24, 32)], [BF16], [4, 1])
+JOBS = tune_jobs.jobs([(16, 32), (24, 32)], [BF16], [4, 1])
 
 
 def run_all(path, candidates=None, todo=JOBS, head=HEAD, **more):
@@ -52,7 +52,7 @@ def test_every_candidate_is_checked_and_only_the_right_ones_are_timed(tmp_path):
     assert (verdict, us) == ("wrong", None) and reason.endswith("act silu")
     assert candidates["wgmma_sp"].calls == 2  # plain, then with bias and scale: never timed
     # two checks and one call for each input set, for both of its choices
-    assert candidates["mma_sp"].calls == 2 * (2 + tune.INPUT_SETS)
+    assert candidates["mma_sp"].calls == 2 * (2 + tune_jobs.INPUT_SETS)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_wrong_results(tmp_path, run, reason):
 def test_input_sets_differ_and_repeat():
     job = JOBS[0]
     sets, again = tuner().inputs(job), tuner().inputs(job)
-    assert len(sets) == tune.INPUT_SETS
+    assert len(sets) == tune_jobs.INPUT_SETS
     for (x, w), (x2, w2) in zip(sets, again, strict=True):
         assert torch.equal(x, x2) and torch.equal(w.values, w2.values)
         assert x.shape == (1, 32) and w.shape == (16, 32) and x.dtype == BF16
@@ -176,7 +176,7 @@ def test_a_damaged_table_stops_tuning(tmp_path):
     with pytest.raises(ValueError, match=r"t\.json is no table of measured times"):
         tune.resumed(path, HEAD)
     path.unlink()
-    tune.journal_path(path).write_text('{"dtype": "bf16"}')
+    tune.journal_path(path).write_text('{"op": "spmm_24", "dtype": "bf16"}')
     with pytest.raises(ValueError, match=r"t\.json\.trying is damaged: 'implementation'; delete"):
         tune.resumed(path, HEAD)
 
@@ -188,7 +188,7 @@ import os, signal, sys, torch
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from tune_fakes import HEAD, Fake, fakes, tuner
-from slimgemm.kernels import tune
+from slimgemm.kernels import tune, tune_jobs
 from slimgemm.kernels.reference import spmm_24_ref
 
 def deadly(x, w, *epilogue):
@@ -197,7 +197,7 @@ def deadly(x, w, *epilogue):
     return spmm_24_ref(x, w, *epilogue)
 
 path = Path({str(path)!r})
-todo = tune.jobs([(16, 32), (24, 32)], [torch.bfloat16], [4, 1])
+todo = tune_jobs.jobs([(16, 32), (24, 32)], [torch.bfloat16], [4, 1])
 candidates = {{**fakes(), "mma_sp": Fake(deadly)}}
 list(tune.tune(todo, tune.resumed(path, HEAD), path, tuner(candidates)))
 """
@@ -208,7 +208,9 @@ list(tune.tune(todo, tune.resumed(path, HEAD), path, tuner(candidates)))
     rows = [row for _, row, _ in run_all(path, candidates)]
     assert [row.shape for row in rows] == [job.shape for job in JOBS[2:]]
     dead = Choice("mma_sp", (("mt", 1),))
-    assert load(path).stopped == (("bf16", dead),) and not tune.journal_path(path).exists()
+    assert (
+        load(path).stopped == (("spmm_24", "bf16", dead),) and not tune.journal_path(path).exists()
+    )
     for row in rows:
         (result,) = [r for r in row.results if r.choice == dead]
         assert (result.verdict, result.reason) == ("failed", "an earlier run ended while it ran")
@@ -265,7 +267,7 @@ def test_one_that_hangs_is_told_of(tmp_path, monkeypatch):
 )
 def test_jobs_that_are_refused(shapes, tokens, why):
     with pytest.raises(ValueError, match=why):
-        tune.jobs(shapes, [BF16], tokens)
+        tune_jobs.jobs(shapes, [BF16], tokens)
 
 
 def test_dispatch_follows_what_was_tuned(tmp_path):
@@ -283,7 +285,7 @@ GPU = tune_tiles.Gpu("sm_90", 132)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-@pytest.mark.parametrize("m", tune.TOKENS)
+@pytest.mark.parametrize("m", tune_jobs.TOKENS)
 def test_choices_are_distinct_and_begin_with_the_implementations_own(m, dtype):
     for name, of in tune_tiles.CHOICES.items():
         if name in ("mma_sp", "wgmma_sp") and dtype == torch.float32:
@@ -298,7 +300,7 @@ def test_choices_are_distinct_and_begin_with_the_implementations_own(m, dtype):
 
 def test_choices_keep_to_shared_memory():
     small = tune_tiles.Gpu("sm_86", 84)
-    for m in tune.TOKENS:
+    for m in tune_jobs.TOKENS:
         fewer = tune_tiles.mma_choices(m, 4096, 4096, BF16, small)
         assert {c.tile for c in fewer} <= {
             c.tile for c in tune_tiles.mma_choices(m, 4096, 4096, BF16, GPU)
@@ -311,12 +313,14 @@ def test_choices_keep_to_shared_memory():
 def test_the_portable_kernels_choices_are_all_right(tmp_path):
     """On the kernel itself: in the interpreter where there is no GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    job = tune.Job(torch.float16, 40, 136, 2)
+    job = tune_jobs.Job(torch.float16, 40, 136, 2)
 
     def choices(m, n, k, dtype):
         return tune_tiles.portable_choices(m, n, k, dtype, GPU)
 
-    found = tune.Tuner(device, clock, choices, {"portable": IMPLEMENTATIONS["portable"]})
+    found = tune.Tuner(
+        device, clock, choices, fake_conv_choices, {"portable": IMPLEMENTATIONS["portable"]}
+    )
     results = tune.check_all(found, job, Table(HEAD), tmp_path / "t.json", lambda: None)
     assert len(results) >= 8
     assert [(str(r.choice), r.reason) for r in results if r.verdict != "ok"] == []
@@ -348,7 +352,7 @@ def test_a_gpus_tuner_tries_everything_and_times_graphs_with_a_cold_cache(monkey
 def test_choices_survive_the_table_and_bind(name):
     for m in (1, 64, 4096):
         for choice in tune_tiles.CHOICES[name](m, 4096, 4096, BF16, GPU):
-            again = choice_from_json(json.loads(json.dumps(choice_to_json(choice))))
+            again = choice_from_json(json.loads(json.dumps(choice_to_json(choice))), "spmm_24")
             assert again == choice
             run = IMPLEMENTATIONS[name].bind(again.tile, again.splits)
             options = getattr(run, "keywords", {})
@@ -361,7 +365,7 @@ def test_every_choice_of_mma_sp_is_right():
     """On the NumPy executor, one ragged shape of more than one block of K each."""
     tiles = {
         choice.tile: IMPLEMENTATIONS["mma_sp"].bind(choice.tile, None).keywords["tile"]
-        for m in tune.TOKENS
+        for m in tune_jobs.TOKENS
         for choice in tune_tiles.mma_choices(m, 4096, 4096, BF16, GPU)
     }
     assert len(tiles) > 30

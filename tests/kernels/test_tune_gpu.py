@@ -7,7 +7,7 @@ import torch
 from helpers import assert_no_worse_than_dense, randn, random_24
 
 from slimgemm import kernels
-from slimgemm.kernels import dispatch, tune, tune_table
+from slimgemm.kernels import dispatch, tune, tune_jobs, tune_table
 from slimgemm.kernels.reference import spmm_24_ref
 
 pytestmark = pytest.mark.gpu
@@ -26,7 +26,7 @@ def tuned(tmp_path_factory):
     path = tune_table.user_path(head)
     said = []
     tuner = tune.gpu_tuner(device, lambda choice: None, lambda *what: said.append(what[-1]))
-    todo = tune.jobs([(N, K)], [torch.bfloat16], [M])
+    todo = tune_jobs.jobs([(N, K)], [torch.bfloat16], [M])
     ((_, row, why),) = tune.tune(todo, tune.resumed(path, head), path, tuner)
     assert row is not None, why
     assert len(said) == len(row.results)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tune_fakes import HEAD, fakes, ok, table_of, tuner
 
-from slimgemm.kernels import tune, tune_table
+from slimgemm.kernels import tune, tune_jobs, tune_table
 from slimgemm.kernels.tune_table import Choice, Result, Row, Table, load, save
 
 
@@ -28,7 +28,9 @@ def one_of_everything():
         Result(Choice("portable"), tune_table.FAILED, reason="RuntimeError: no"),
     )
     return Table(
-        HEAD, (Row("spmm_24", "fp16", 64, 32, 8, results),), (("bf16", results[0].choice),)
+        HEAD,
+        (Row("spmm_24", "fp16", 64, 32, 8, results),),
+        (("spmm_24", "bf16", results[0].choice),),
     )
 
 
@@ -75,7 +77,7 @@ def result(content):
         (lambda path: "{", "Expecting property name"),
         (lambda path: "[]", "list indices"),
         (damage(lambda c: c.pop("rows")), "'rows' is missing"),
-        (damage(lambda c: c.update(format=2)), "its format is 2, not 1"),
+        (damage(lambda c: c.update(format=1)), "its format is 1, not 2"),
         (damage(lambda c: c["head"].pop("torch")), "its head lacks torch"),
         (damage(lambda c: c["head"].update(torch=2)), "head must be text, got 2"),
         (damage(lambda c: c["rows"][0].update(n=0)), "n must be a whole number from 1, got 0"),
@@ -184,6 +186,6 @@ def test_a_row_in_which_nothing_ran_speaks_for_nobody():
 
 def test_what_tuning_writes_can_be_read_again(tmp_path):
     path = tmp_path / "table.json"
-    (job,) = tune.jobs([(16, 32)], [torch.bfloat16], [4])
+    (job,) = tune_jobs.jobs([(16, 32)], [torch.bfloat16], [4])
     ((_, row, _),) = tune.tune([job], Table(HEAD), path, tuner(fakes()))
     assert load(path).rows == (row,)
