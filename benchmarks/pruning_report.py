@@ -96,7 +96,8 @@ def _settings(about: Row) -> str:
 def summary(rows: Sequence[Row]) -> list[Row]:
     """Rows that differ in their seed alone as one: mean ± standard deviation."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    measured = {"accuracy_percent", "weights", "macs_per_image"}
+    percents = {"accuracy_percent", "validation_percent"}
+    measured = percents | {"weights", "macs_per_image"}
     for row in rows:
         key = tuple((k, v) for k, v in row.items() if k not in measured | {"seed"})
         groups.setdefault(key, []).append(row)
@@ -108,7 +109,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
         one = {key: value for key, value in same[0].items() if key != "seed"}
         for name in sorted(measured & one.keys()):
             values = [row[name] for row in same]
-            if name == "accuracy_percent":
+            if name in percents:
                 spread = f" ± {pstdev(values):.2f}" if len(values) > 1 else ""
                 one[name] = f"{mean(values):.2f}{spread}"
             else:

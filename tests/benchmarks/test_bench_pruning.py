@@ -19,21 +19,23 @@ def random_digits(*shape, images=(80, 20)):
 
 def test_lenet_counts_weights_and_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_pruning, "mnist_5k", lambda: random_digits(784))
-    given = ["--part", "lenet", "--epochs", "1", "--rounds", "2", "--seeds", "2"]
+    given = ["--part", "lenet", "--epochs", "1", "--rounds-tried", "2", "3", "--seeds", "2"]
     bench_pruning.main([*given, "--out", str(tmp_path)])
     (entry,) = json.loads((tmp_path / "pruning.json").read_text())["lenet"].values()
     rows = entry["rows"]
-    assert len(rows) == 10 and {row["seed"] for row in rows} == {0, 1}
+    assert len(rows) == 14 and {row["seed"] for row in rows} == {0, 1}
     for row in rows:
         assert row["weights"] == pytest.approx(266_200 / row["times_fewer"], abs=1)
-    ways = [(row["times_fewer"], row["way"]) for row in rows[:5]]
-    assert ways == [
-        (1, "dense"), (12, "one shot"), (12, "2 rounds"), (49, "one shot"), (49, "2 rounds"),
-    ]  # fmt: skip
+    ways = [(row["times_fewer"], row["way"]) for row in rows[:7]]
+    assert ways == [(1, "dense")] + [
+        (times, way) for times in (12, 49) for way in ("one shot", "2 rounds", "3 rounds")
+    ]
+    chosen = entry["about"]["chosen_on_validation"]
+    assert chosen == [f"{bench_pruning.best_way(rows, times)} at {times}x" for times in (12, 49)]
     page = (tmp_path / "pruning.md").read_text()
     assert "| 49 | one shot | 5,433 | " in page
     assert page.count("Not run.") == 2
-    assert "--epochs 1 --rounds 2 --seeds 2" in page and entry["versions"]["torch"] in page
+    assert "--epochs 1 --rounds-tried 2 3 --seeds 2" in page and entry["versions"]["torch"] in page
     assert "pruning.md" in capsys.readouterr().err
 
 
@@ -42,6 +44,18 @@ def test_lenet_counts_weights_and_records(tmp_path, monkeypatch, capsys):
 )
 def test_all_ways_train_for_the_same_epochs(total, rounds, want):
     assert bench_pruning.share_epochs(total, rounds) == want
+
+
+def test_rounds_are_chosen_on_validation_and_not_on_the_test_digits():
+    def row(seed, way, validation, test):
+        return {"seed": seed, "times_fewer": 49, "way": way,
+                "validation_percent": validation, "accuracy_percent": test}  # fmt: skip
+
+    rows = [row(0, "one shot", 99, 99), row(0, "2 rounds", 90, 80), row(0, "4 rounds", 89, 95),
+            row(1, "2 rounds", 90, 80), row(1, "4 rounds", 90, 95)]  # fmt: skip
+    assert bench_pruning.best_way(rows, 49) == "2 rounds"
+    learn, check = bench_pruning.split(80, seed=3)
+    assert sorted([*learn.tolist(), *check.tolist()]) == list(range(80)) and len(check) == 10
 
 
 def test_runs_with_other_arguments_are_kept(tmp_path):
