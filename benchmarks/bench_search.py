@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import random
 import statistics
 import sys
@@ -130,12 +131,13 @@ def one_seed(
     tune = pruning.FineTune(loader(data.x, data.y, 128, seed), F.cross_entropy, 2e-3)
     for name in args.costs:
         limit = limit_of(name, args.share, space)
+        asked: Row = {COSTS[name]: limit}
         search = pruning.Search(
             data.loss, higher_is_better=False, method=method_of(args),
             finetune=tune, short=args.short, long=args.long, patterns=choices.patterns, seed=seed,
             latency=space.geometry.latency if name == "latency_ms" else None,
             folder=folder / f"{seed} {name}",
-            show=sys.stderr.isatty(), **{COSTS[name]: limit},
+            show=sys.stderr.isatty(), **asked,
         )  # fmt: skip
         start = time.monotonic()
         try:
@@ -197,7 +199,7 @@ def predictions(space: Space, table: pruning.LatencyTable, seed: int) -> list[Ro
     models = {str(i): space.apply(a)[0].eval() for i, a in enumerate(asked)}
     calls = {name: forward_of(model, space.example_inputs) for name, model in models.items()}
     space.geometry.latency = measure_latency(space, table, also=calls)
-    rows = []
+    rows: list[Row] = []
     for i, allocation in enumerate(asked):
         predicted = 1e3 * space.costs(allocation).get("latency_ms")
         us = table.of(space.geometry.latency.others[str(i)])
@@ -235,7 +237,7 @@ def minilm(args: argparse.Namespace) -> tuple[Row, list[Row]]:
         space = Space(model, mine[0], choices)
         dense = space.costs(Allocation()).macs
         search = pruning.Search(
-            lambda m, mine=mine, want=want: cosine(m, mine, want), max_macs=args.share * dense,
+            functools.partial(cosine, batches=mine, want=want), max_macs=args.share * dense,
             method=pruning.NetAdapt(step=args.step), patterns=choices.patterns,
             ignore=choices.ignore, seed=seed, show=sys.stderr.isatty(),
         )  # fmt: skip

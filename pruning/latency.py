@@ -165,7 +165,8 @@ class LatencyTable:
         found: dict[Any, Times] = {}
         while items or others:
             calls: dict[Any, Callable[[], Any]] = {f"also {n}": c for n, c in others.items()}
-            part, held = [], 0
+            part: list[tuple[str, str, Width]] = []
+            held = 0
             while items and len(part) < TOGETHER and held < TOGETHER_BYTES:
                 key, site = items.pop(0)
                 part.append(key)

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from slimgemm.pruning.snapshot import Snapshot, compose, load_snapshot, save_snapshot
 from slimgemm.pruning.space import Allocation, Space
 from slimgemm.pruning.task import Infeasible, Limits, Task
 
 LEAST_SAVING = 0.2  # of a step's saving: a pattern that saves less is no candidate
+ROUNDING = 1e-9  # of a saving
 REACH = 1.5  # without a limit of cost, steps go on to this much of max_drop; the end recovers some
 
 
@@ -138,7 +141,7 @@ class NetAdaptSearch:
         if key not in journal:
             before = self._snapshot(place - 1)
             space = self.task.space(before.model, before.surgery)
-            found = list(self._candidates(space, before, place))
+            found = list(self._candidates(space, before, place, limits))
             if not found:
                 return False
             after = self._best(space, before, found, place)
@@ -162,8 +165,9 @@ class NetAdaptSearch:
         self.steps.append((Allocation.from_dict(record["allocation"]), float(record["value"])))
         return True
 
-    def _candidates(self, space: Space, before: Snapshot, place: int) -> Iterator[_Candidate]:
-        limits = self.task.limits
+    def _candidates(
+        self, space: Space, before: Snapshot, place: int, limits: Limits
+    ) -> Iterator[_Candidate]:
         masks = dict(before.allocation.patterns)
         scale = limits.work(self._dense, self._dense)
 
@@ -172,6 +176,8 @@ class NetAdaptSearch:
 
         now = work({}, masks)
         goal = scale * self.options.step * self.options.decay**place
+        if limits.costs:  # the last step goes no further than to the limits, where work ends
+            goal = min(goal, now - len(limits.costs)) - ROUNDING
         for name, options in space.options.items():
             saving = 0.0
             chosen = None
@@ -202,7 +208,9 @@ class NetAdaptSearch:
             for candidate in found:
                 made: list[Snapshot] = []
 
-                def make(candidate: _Candidate = candidate, made: list = made):  # type: ignore
+                def make(
+                    candidate: _Candidate = candidate, made: list[Snapshot] = made
+                ) -> nn.Module:
                     made.append(self._made(space, before, candidate, place))
                     return made[0].model
 

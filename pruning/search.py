@@ -204,7 +204,8 @@ class Search(Amount):
 
     def _finish(self, task: Task, space: Space) -> Found:
         method = METHODS[self.method]() if isinstance(self.method, str) else self.method
-        search, limits, failed = method.begin(task), task.limits, set()
+        search, limits = method.begin(task), task.limits
+        failed: set[str] = set()
         best: dict[str, float] = {}
         for number in range(TRIES):
             chosen = search.choose(limits, failed)

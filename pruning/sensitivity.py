@@ -218,8 +218,8 @@ def _layer_trials(
 
         def run(evaluate: Evaluate, drop: int = count(units, ratio)) -> float:
             mask = pattern.mask(scores, 0 if pattern.share is not None else drop)
-            weight = layer.module.weight
-            dense = weight.data
+            weight, dense = layer.module.weight, layer.weight
+            assert isinstance(weight, Tensor)
             try:
                 weight.data = torch.where(mask, dense, 0.0)
                 return _metric(evaluate, model)

@@ -77,7 +77,7 @@ class Site:
         def random(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.device, self.dtype)
 
-        module: nn.Module
+        module: nn.Linear | nn.Conv2d
         if self.kind == "linear":
             rows = int(torch.Size(self.input[:-1]).numel())
             module, x = nn.Linear(into, out, self.bias, self.device, self.dtype), random(rows, into)
@@ -86,7 +86,7 @@ class Site:
             if self.depthwise:
                 groups = max(1, out // (self.weight[0] // groups))
             channels = into * groups
-            kernel = self.weight[2:]
+            kernel = (self.weight[2], self.weight[3])
             module = nn.Conv2d(
                 channels, out, kernel, stride, padding, dilation, groups, self.bias,
                 device=self.device, dtype=self.dtype,
@@ -94,7 +94,7 @@ class Site:
             x = random(self.input[0], channels, *self.input[2:])
             if self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-                module = module.to(memory_format=torch.channels_last)
+                module.weight.data = module.weight.data.to(memory_format=torch.channels_last)
         with torch.no_grad():
             module.weight.copy_(random(*module.weight.shape))
         return module.eval().requires_grad_(False), x

@@ -180,9 +180,10 @@ class Task:
 
     def words(self, space: Space, name: str) -> list[str]:
         """Patterns that a layer may take: where both were measured, only those that win."""
-        words, table = space.maskable.get(name, []), self.latency and self.latency.table
-        if table is None:
+        words = space.maskable.get(name, [])
+        if self.latency is None:
             return words
+        table = self.latency.table
         site = space.geometry.sites[name]
         known = table.times.get(site.signature, {})
         width = (site.weight[0], site.weight[1])
