@@ -71,7 +71,8 @@ class Agent:
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.tau, self.gamma, self.batch, self.memory = tau, gamma, batch, memory
-        self.weight, self.average = baseline, None
+        self.weight = baseline
+        self.average: float | None = None  # of rewards, once there is one
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.actor: nn.Module = nn.Sequential(
@@ -114,7 +115,7 @@ class Agent:
         following = torch.stack([t.state if t.next is None else t.next for t in batch])
         with torch.no_grad():
             ahead = self.slow_critic(following, self.slow_actor(following))
-            target = rewards - self.average + self.gamma * ahead.masked_fill(ends, 0.0)
+            target = rewards - (self.average or 0.0) + self.gamma * ahead.masked_fill(ends, 0.0)
         loss = nn.functional.mse_loss(self.critic(states, actions), target)
         self.critic_step.zero_grad()
         loss.backward()
