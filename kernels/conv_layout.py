@@ -12,7 +12,7 @@ The matrix is packed as any other (kernels/formats.py).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -189,6 +189,11 @@ def memory_format(x: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = stride * x.shape[axis] if x.shape[axis] > 1 else stride
     return torch.channels_last
+
+
+def frozen(option: Any) -> Any:
+    """An argument of `convolution` that can be looked up: operators give lists."""
+    return tuple(option) if isinstance(option, list) else option
 
 
 def is_nhwc(x: Tensor) -> bool:

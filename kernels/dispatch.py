@@ -35,6 +35,7 @@ from slimgemm.kernels.conv_layout import (
     check_image,
     check_weight,
     convolution,
+    frozen,
     is_nhwc,
 )
 from slimgemm.kernels.formats import Packed24
@@ -137,7 +138,7 @@ class Plans:
         geometry = (weight_shape, stride, padding, dilation)
         key = (
             x.dtype, x.shape, x.stride(), values.shape, k, keep, group, low, groups,
-            *[tuple(g) if isinstance(g, list) else g for g in geometry],
+            *map(frozen, geometry),
         )  # fmt: skip
         run = self.kept.get(key)
         if run is None:

@@ -102,6 +102,7 @@ CONVOLUTIONS: Mapping[str, Implementation] = types.MappingProxyType(
         "mma_sp": Implementation(
             "gluon.mma_conv", "conv2d_24_mma", "gluon.mma_packed_tiles.PackedTile", "splits", True
         ),
+        "wgmma_sp": Implementation("gluon.wgmma_conv", "conv2d_24_wgmma", "", "", True),
         "dense": Implementation("conv_24_dense", "conv2d_24_dense"),
     }
 )

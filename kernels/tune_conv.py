@@ -66,6 +66,7 @@ def mma_choices(job: ConvJob, gpu: Gpu) -> list[Choice]:
 CHOICES: Mapping[str, Callable[[ConvJob, Gpu], list[Choice]]] = {
     "portable": portable_choices,
     "mma_sp": mma_choices,
+    "wgmma_sp": lambda job, gpu: [Choice("wgmma_sp")],
     "linear": lambda job, gpu: [Choice("linear")],
     "dense": lambda job, gpu: [Choice("dense")],
 }

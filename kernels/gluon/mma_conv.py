@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from slimgemm.kernels.conv_layout import (
     check_image,
     check_weight,
     convolution,
+    frozen,
     is_nhwc,
 )
 from slimgemm.kernels.formats import Packed24
@@ -34,6 +36,7 @@ from slimgemm.kernels.gluon.launch import Launch, check_epilogue, multiprocessor
 from slimgemm.kernels.gluon.mma_packed import COLUMNS, PTX_TYPES, why_not
 from slimgemm.kernels.gluon.mma_packed_kernel import _mma_packed_kernel
 from slimgemm.kernels.gluon.mma_packed_tiles import PackedTile, mma_packed_tile
+from slimgemm.kernels.gluon.plans import Plans, layouts, on_device_of
 
 STAGE_CHANNELS = 64  # channels of a stage: two steps
 
@@ -101,6 +104,64 @@ def takes(x: Tensor, packed: Packed24, conv: Convolution) -> bool:
     )
 
 
+class Plan(NamedTuple):
+    """What every launch of operands that lie alike has in common; sizes as the kernel takes them.
+
+    Args:
+        shape: of the result; parts: of the fp32 sums to be added, or None.
+    """
+
+    grid: tuple[int, int]
+    sizes: tuple[int, int, int, int]
+    constants: dict[str, Any]
+    warps: int
+    shape: tuple[int, int, int, int]
+    parts: tuple[int, int, int] | None
+
+
+def plan_of(
+    x: Tensor,
+    packed: Packed24,
+    conv: Convolution,
+    bias: Tensor | None,
+    act: str,
+    tile: PackedTile | None,
+    splits: int,
+) -> Plan:
+    """The Plan of checked operands."""
+    image = image_of(conv, *x.shape[2:])
+    m, (n, k) = x.shape[0] * image.out_height * image.out_width, packed.shape
+    tile = tile or mma_conv_tile(m)
+    fused = splits == 1
+    return Plan(
+        grid=(-(-n // tile.rows) * -(-m // tile.tokens), splits),
+        sizes=(m, n, k, conv.channels),
+        constants=dict(
+            TILE=tile, KIND=PTX_TYPES[x.dtype], ALIGNED=True, SPLITS=splits,
+            # Masked whether K needs it or not: without, ptxas moves loads until registers run out.
+            MASKED=True, META_UNIT=math.gcd(k // COLUMNS, 2),
+            IMAGE=image, HAS_BIAS=fused and bias is not None, HAS_SCALE=False,
+            SCALE_PER_ROW=False, ACT=act if fused else "none", GROUP=8,
+        ),
+        warps=tile.warps,
+        shape=(x.shape[0], n, image.out_height, image.out_width),
+        parts=None if fused else (splits, m, n),
+    )  # fmt: skip
+
+
+def fill(plan: Plan, x: Tensor, packed: Packed24, bias: Tensor | None) -> Launch:
+    """The launch of `plan` on these operands, with a new result."""
+    out, parts = new_nhwc(x, plan.shape), None
+    if plan.parts is not None:
+        parts, bias = x.new_empty(plan.parts, dtype=torch.float32), None
+    args = (
+        packed.values.view(torch.int32), packed.meta.view(torch.int32),
+        pixels_of(x).view(torch.int32), pixels_of(out) if parts is None else parts, bias, None,
+        *plan.sizes,
+    )  # fmt: skip
+    return Launch(plan.grid, args, plan.constants, plan.warps, out, parts)
+
+
 def prepare(
     x: Tensor,
     packed: Packed24,
@@ -112,32 +173,46 @@ def prepare(
     splits: int = 1,
 ) -> Launch:
     """What conv2d_24_mma launches; the result goes to `out`, or fp32 parts to `parts`."""
-    image = image_of(conv, *x.shape[2:])
-    m, (n, k) = x.shape[0] * image.out_height * image.out_width, packed.shape
+    return fill(plan_of(x, packed, conv, bias, act, tile, splits), x, packed, bias)
+
+
+def checked_plan(
+    x: Tensor,
+    packed: Packed24,
+    conv: Convolution,
+    bias: Tensor | None,
+    act: str,
+    tile: PackedTile | None,
+    splits: int | None,
+) -> Plan:
+    """The Plan of operands that conv2d_24_mma takes; ValueError for others."""
+    check_weight(packed, conv)
+    check_image("x", x, conv.channels * conv.groups, packed.values)
+    if reason := why_not_conv(x, packed, conv):
+        raise ValueError(reason)
+    check_epilogue(conv.out, x, bias, None, act)
+    if not x.is_cuda:
+        raise ValueError(f"x must be on a GPU, got {x.device}; slimgemm.kernels runs CPU tensors")
+    found = torch.cuda.get_device_capability(x.device)
+    if found < (8, 0):
+        raise ValueError(f"GPU must be of compute capability (8, 0) or later, got {found}")
+    size = conv.output_size(*x.shape[2:])
+    m = x.shape[0] * size[0] * size[1]
     tile = tile or mma_conv_tile(m)
-    out = torch.empty(
-        (x.shape[0], n, image.out_height, image.out_width),
-        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
-    )  # fmt: skip
-    parts = x.new_empty(splits, m, n, dtype=torch.float32) if splits > 1 else None
-    fused = splits == 1
-    return Launch(
-        grid=(-(-n // tile.rows) * -(-m // tile.tokens), splits),
-        args=(
-            packed.values.view(torch.int32), packed.meta.view(torch.int32),
-            x.permute(0, 2, 3, 1).view(-1, conv.channels).view(torch.int32),
-            pixels_of(out) if fused else parts, bias if fused else None, None,
-            m, n, k, conv.channels,
-        ),
-        constants=dict(
-            TILE=tile, KIND=PTX_TYPES[x.dtype], ALIGNED=True, SPLITS=splits,
-            # Masked whether K needs it or not: without, ptxas moves loads until registers run out.
-            MASKED=True, META_UNIT=math.gcd(k // COLUMNS, 2),
-            IMAGE=image, HAS_BIAS=fused and bias is not None, HAS_SCALE=False,
-            SCALE_PER_ROW=False, ACT=act if fused else "none", GROUP=8,
-        ),
-        warps=tile.warps, out=out, parts=parts,
-    )  # fmt: skip
+    if splits is None:
+        programs = -(-conv.out // tile.rows) * -(-m // tile.tokens)
+        rounds = -(-conv.k // (256 * tile.warps_k))
+        splits = split_count(programs, rounds, multiprocessors(x.device))
+    return plan_of(x, packed, conv, bias, act, tile, splits)
+
+
+PLANS: Plans[Plan] = Plans()
+
+
+def new_nhwc(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A new channels_last tensor of `shape` beside `x`."""
+    batch, channels, height, width = shape
+    return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
 def pixels_of(images: Tensor) -> Tensor:
@@ -168,34 +243,25 @@ def conv2d_24_mma(
 
     Source: layout, kernels/conv_layout.py; PTX ISA, mma.sp. Twin: reference_conv.conv2d_24_ref.
     """
-    from slimgemm.kernels.spmm_24 import add_parts
-
-    conv = convolution(weight_shape, stride, padding, dilation, groups)
-    check_weight(w, conv)
-    check_image("x", x, conv.channels * groups, w.values)
-    if reason := why_not_conv(x, w, conv):
-        raise ValueError(reason)
-    check_epilogue(conv.out, x, bias, None, act)
-    if not x.is_cuda:
-        raise ValueError(f"x must be on a GPU, got {x.device}; slimgemm.kernels runs CPU tensors")
-    found = torch.cuda.get_device_capability(x.device)
-    if found < (8, 0):
-        raise ValueError(f"GPU must be of compute capability (8, 0) or later, got {found}")
-    size = conv.output_size(*x.shape[2:])
-    m = x.shape[0] * size[0] * size[1]
-    if m == 0 or conv.out == 0:
-        return torch.empty(
-            (x.shape[0], conv.out, *size), dtype=x.dtype, device=x.device,
-            memory_format=torch.channels_last,
-        )  # fmt: skip
-    tile = tile or mma_conv_tile(m)
-    if splits is None:
-        programs = -(-conv.out // tile.rows) * -(-m // tile.tokens)
-        rounds = -(-conv.k // (256 * tile.warps_k))
-        splits = split_count(programs, rounds, multiprocessors(x.device))
-    launch = prepare(x, w, conv, bias, act, tile=tile, splits=splits)
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        _mma_packed_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
-        if launch.parts is not None:
-            add_parts(launch.parts, pixels_of(launch.out), bias, None, act)
+    key = (
+        layouts(x, w, bias, None), *map(frozen, (weight_shape, stride, padding, dilation)),
+        groups, act, tile, splits,
+    )  # fmt: skip
+    plan = PLANS.kept.get(key)
+    if plan is None:
+        conv = convolution(weight_shape, stride, padding, dilation, groups)
+        plan = PLANS.add(key, checked_plan(x, w, conv, bias, act, tile, splits))
+    if 0 in plan.shape:
+        return new_nhwc(x, plan.shape)
+    launch = fill(plan, x, w, bias)
+    on_device_of(x, lambda: run(launch, bias, act))
     return launch.out
+
+
+def run(launch: Launch, bias: Tensor | None, act: str) -> None:
+    """Launch on the current device."""
+    _mma_packed_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
+    if launch.parts is not None:
+        from slimgemm.kernels.spmm_24 import add_parts
+
+        add_parts(launch.parts, pixels_of(launch.out), bias, None, act)

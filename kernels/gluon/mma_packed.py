@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from slimgemm.kernels.gluon.launch import (
 )
 from slimgemm.kernels.gluon.mma_packed_kernel import _mma_packed_kernel
 from slimgemm.kernels.gluon.mma_packed_tiles import MMA_PACKED_TILES, PackedTile, mma_packed_tile
+from slimgemm.kernels.gluon.plans import Plans, layouts, on_device_of
 
 __all__ = [
     "MMA_PACKED_TILES",
@@ -59,6 +61,76 @@ def takes(x: Tensor, packed: Packed24) -> bool:
     )
 
 
+class Plan(NamedTuple):
+    """What every launch of operands that lie alike has in common; sizes as the kernel takes them.
+
+    Args:
+        shape: of the result; parts: of the fp32 sums to be added, or None.
+        unit: dtype in which X is read; whole: True if X may be viewed so as it is.
+    """
+
+    grid: tuple[int, int]
+    sizes: tuple[int, int, int, int]
+    constants: dict[str, Any]
+    warps: int
+    shape: tuple[int, ...]
+    parts: tuple[int, int, int] | None
+    unit: torch.dtype
+    whole: bool
+
+
+def plan_of(
+    x: Tensor,
+    packed: Packed24,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    act: str,
+    tile: PackedTile | None,
+    splits: int,
+) -> Plan:
+    """The Plan of checked operands."""
+    m, (n, k) = math.prod(x.shape[:-1]), packed.shape
+    rows = rows_of(x, k)
+    aligned = is_aligned(rows)
+    tile = tile or mma_packed_tile(m, aligned)
+    fused = splits == 1
+    return Plan(
+        grid=(-(-n // tile.rows) * -(-m // tile.tokens), splits),
+        sizes=(m, n, k, rows.stride(0)),
+        constants=dict(
+            TILE=tile, KIND=PTX_TYPES[x.dtype], ALIGNED=aligned, SPLITS=splits,
+            MASKED=k % (256 * tile.warps_k) != 0, META_UNIT=math.gcd(k // COLUMNS, 4), IMAGE=None,
+            HAS_BIAS=fused and bias is not None, HAS_SCALE=fused and scale is not None,
+            SCALE_PER_ROW=scale is not None and scale.numel() > 1, ACT=act if fused else "none",
+            GROUP=8,
+        ),
+        warps=tile.warps,
+        shape=(*x.shape[:-1], n),
+        parts=None if fused else (splits, m, n),
+        unit=torch.int32 if aligned else torch.int16,
+        # An axis of one element may have any stride; torch wants even ones to join pairs.
+        whole=x.is_contiguous() and all(stride % 2 == 0 for stride in x.stride()[:-1]),
+    )  # fmt: skip
+
+
+def fill(
+    plan: Plan, x: Tensor, packed: Packed24, bias: Tensor | None, scale: Tensor | None
+) -> Launch:
+    """The launch of `plan` on these operands, with a new result."""
+    values, meta, k, _, _ = packed
+    out, parts = x.new_empty(plan.shape), None
+    target, sides = out, (bias, scale)
+    if plan.parts is not None:
+        target = parts = x.new_empty(plan.parts, dtype=torch.float32)
+        sides = None, None
+    rows = x if plan.whole else rows_of(x, k)
+    args = (
+        values.view(torch.int32), meta.view(torch.int32), rows.view(plan.unit), target, *sides,
+        *plan.sizes,
+    )  # fmt: skip
+    return Launch(plan.grid, args, plan.constants, plan.warps, out, parts)
+
+
 def prepare(
     x: Tensor,
     packed: Packed24,
@@ -70,30 +142,35 @@ def prepare(
     splits: int = 1,
 ) -> Launch:
     """What spmm_24_mma_packed launches; the result goes to `out`, or fp32 parts to `parts`."""
-    m, (n, k) = math.prod(x.shape[:-1]), packed.shape
-    rows = rows_of(x, k)
-    aligned = is_aligned(rows)
-    tile = tile or mma_packed_tile(m, aligned)
-    out = x.new_empty(*x.shape[:-1], n)
-    parts = x.new_empty(splits, m, n, dtype=torch.float32) if splits > 1 else None
-    fused = splits == 1
-    return Launch(
-        grid=(-(-n // tile.rows) * -(-m // tile.tokens), splits),
-        args=(
-            packed.values.view(torch.int32), packed.meta.view(torch.int32),
-            rows.view(torch.int32 if aligned else torch.int16),
-            out.view(m, n) if fused else parts, bias if fused else None, scale if fused else None,
-            m, n, k, rows.stride(0),
-        ),
-        constants=dict(
-            TILE=tile, KIND=PTX_TYPES[x.dtype], ALIGNED=aligned, SPLITS=splits,
-            MASKED=k % (256 * tile.warps_k) != 0, META_UNIT=math.gcd(k // COLUMNS, 4), IMAGE=None,
-            HAS_BIAS=fused and bias is not None, HAS_SCALE=fused and scale is not None,
-            SCALE_PER_ROW=scale is not None and scale.numel() > 1, ACT=act if fused else "none",
-            GROUP=8,
-        ),
-        warps=tile.warps, out=out, parts=parts,
-    )  # fmt: skip
+    return fill(plan_of(x, packed, bias, scale, act, tile, splits), x, packed, bias, scale)
+
+
+def checked_plan(
+    x: Tensor,
+    packed: Packed24,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    act: str,
+    tile: PackedTile | None,
+    splits: int | None,
+) -> Plan:
+    """The Plan of operands that spmm_24_mma_packed takes; ValueError for others."""
+    check_shapes(packed)
+    if reason := why_not(packed):
+        raise ValueError(reason)
+    n, k = packed.shape
+    check_x(x, n, k, packed.values.dtype, packed.values.device, (8, 0))
+    check_epilogue(n, x, bias, scale, act)
+    m = math.prod(x.shape[:-1])
+    tile = tile or mma_packed_tile(m, is_aligned(rows_of(x, k)))
+    if splits is None:
+        programs = -(-n // tile.rows) * -(-m // tile.tokens)
+        rounds = -(-k // (256 * tile.warps_k))
+        splits = split_count(programs, rounds, multiprocessors(x.device))
+    return plan_of(x, packed, bias, scale, act, tile, splits)
+
+
+PLANS: Plans[Plan] = Plans()
 
 
 def spmm_24_mma_packed(
@@ -122,27 +199,24 @@ def spmm_24_mma_packed(
 
     Source: kernels/formats.py; PTX ISA, mma.sp. Twin: reference.spmm_24_ref.
     """
-    from slimgemm.kernels.spmm_24 import add_parts
-
-    check_shapes(packed)
-    if reason := why_not(packed):
-        raise ValueError(reason)
-    n, k = packed.shape
-    check_x(x, n, k, packed.values.dtype, packed.values.device, (8, 0))
-    check_epilogue(n, x, bias, scale, act)
-    m = math.prod(x.shape[:-1])
-    if m == 0 or n == 0:
-        return x.new_empty(*x.shape[:-1], n)
-    tile = tile or mma_packed_tile(m, is_aligned(rows_of(x, k)))
-    if splits is None:
-        programs = -(-n // tile.rows) * -(-m // tile.tokens)
-        rounds = -(-k // (256 * tile.warps_k))
-        splits = split_count(programs, rounds, multiprocessors(x.device))
-    launch = prepare(x, packed, bias, scale, act, tile=tile, splits=splits)
-    with torch.cuda.device(x.device):  # Triton launches on the current device
-        _mma_packed_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
-        if launch.parts is not None:
-            if scale is not None and scale.numel() == 1:
-                scale = scale.reshape(1).expand(n).contiguous()
-            add_parts(launch.parts, launch.out.view(m, n), bias, scale, act)
+    key = layouts(x, packed, bias, scale), act, tile, splits
+    plan = PLANS.kept.get(key) or PLANS.add(
+        key, checked_plan(x, packed, bias, scale, act, tile, splits)
+    )
+    if 0 in plan.shape:
+        return x.new_empty(plan.shape)
+    launch = fill(plan, x, packed, bias, scale)
+    on_device_of(x, lambda: run(launch, bias, scale, act))
     return launch.out
+
+
+def run(launch: Launch, bias: Tensor | None, scale: Tensor | None, act: str) -> None:
+    """Launch on the current device."""
+    _mma_packed_kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
+    if launch.parts is not None:
+        from slimgemm.kernels.spmm_24 import add_parts
+
+        m, n = launch.parts.shape[1:]
+        if scale is not None and scale.numel() == 1:
+            scale = scale.reshape(1).expand(n).contiguous()
+        add_parts(launch.parts, launch.out.view(m, n), bias, scale, act)

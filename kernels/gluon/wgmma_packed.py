@@ -6,13 +6,15 @@ canonical bytes: four 2-byte loads per 128 columns, beside 16 wgmma.sp cycles pe
 
 from __future__ import annotations
 
-import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from slimgemm.kernels.formats import Packed24, check_shapes
 from slimgemm.kernels.gluon.launch import (
+    Launch,
+    TmaView,
     check_epilogue,
     check_x,
     folds,
@@ -21,6 +23,7 @@ from slimgemm.kernels.gluon.launch import (
     rows_of,
 )
 from slimgemm.kernels.gluon.mma_packed import why_not as why_not_mma
+from slimgemm.kernels.gluon.plans import Plans, layouts
 from slimgemm.kernels.gluon.wgmma_sp import prepare, run
 from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile
 
@@ -35,6 +38,64 @@ def takes(x: Tensor, packed: Packed24) -> bool:
         and folds(x)
         and is_aligned(rows_of(x, packed.k))
     )
+
+
+class Plan(NamedTuple):
+    """What every launch of operands that lie alike has in common.
+
+    Args:
+        shape: of the result; the rest of a Plan of no elements is empty.
+        boxes: of W and X; sizes: as the kernel takes them.
+    """
+
+    shape: tuple[int, ...]
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    boxes: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+
+
+PLANS: Plans[Plan] = Plans()
+
+
+def checked_plan(
+    x: Tensor,
+    packed: Packed24,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    act: str,
+    tile: WgmmaTile | None,
+) -> Plan:
+    """The Plan of operands that spmm_24_wgmma_packed takes; ValueError for others."""
+    check_shapes(packed)
+    if reason := why_not_mma(packed):
+        raise ValueError(reason)
+    n, k = packed.shape
+    check_x(x, n, k, packed.values.dtype, packed.values.device, (9, 0), exact=True)
+    check_epilogue(n, x, bias, scale, act)
+    shape = (*x.shape[:-1], n)
+    if 0 in shape:
+        return Plan(shape, (), {}, (), ())
+    if not is_aligned(rows_of(x, k)):
+        raise ValueError(
+            "x must have 16-byte aligned rows for TMA, got strides "
+            f"{x.stride()}; mma_packed takes any"
+        )
+    launch = prepare(x, packed, bias, scale, act, tile=tile, programs=multiprocessors(x.device))
+    w, _, rows, *_, m, n, k = launch.args
+    return Plan(shape, launch.grid, launch.constants, (w.box, rows.box), (m, n, k))
+
+
+def fill(
+    plan: Plan, x: Tensor, packed: Packed24, bias: Tensor | None, scale: Tensor | None
+) -> Launch:
+    """The launch of `plan` on these operands, with a new result: what `prepare` gives."""
+    out, (values, meta, k, _, _) = x.new_empty(plan.shape), packed
+    args = (
+        TmaView(values, plan.boxes[0]), meta.view(torch.int16),
+        TmaView(rows_of(x, k), plan.boxes[1]), out, bias, scale, None, *plan.sizes,
+    )  # fmt: skip
+    return Launch(plan.grid, args, plan.constants, 4, out, None)
 
 
 def spmm_24_wgmma_packed(
@@ -63,17 +124,8 @@ def spmm_24_wgmma_packed(
 
     Source: orders.py; PTX ISA, wgmma.mma_async.sp. Twin: reference.spmm_24_ref.
     """
-    check_shapes(packed)
-    if reason := why_not_mma(packed):
-        raise ValueError(reason)
-    n, k = packed.shape
-    check_x(x, n, k, packed.values.dtype, packed.values.device, (9, 0), exact=True)
-    check_epilogue(n, x, bias, scale, act)
-    if math.prod(x.shape[:-1]) == 0 or n == 0:
-        return x.new_empty(*x.shape[:-1], n)
-    if not is_aligned(rows_of(x, k)):
-        raise ValueError(
-            "x must have 16-byte aligned rows for TMA, got strides "
-            f"{x.stride()}; mma_packed takes any"
-        )
-    return run(prepare(x, packed, bias, scale, act, tile=tile, programs=multiprocessors(x.device)))
+    key = layouts(x, packed, bias, scale), act, tile
+    plan = PLANS.kept.get(key) or PLANS.add(key, checked_plan(x, packed, bias, scale, act, tile))
+    if 0 in plan.shape:
+        return x.new_empty(plan.shape)
+    return run(fill(plan, x, packed, bias, scale))

@@ -46,6 +46,7 @@ from slimgemm.kernels.gluon.launch import (
 from slimgemm.kernels.gluon.mma_sp import PTX_TYPES_8, values_per_int32
 from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_BYTES, WGMMA_ROWS, WgmmaSp
 from slimgemm.kernels.gluon.place import place_of
+from slimgemm.kernels.gluon.plans import on_device_of
 from slimgemm.kernels.gluon.wgmma_image import load_pixels, pixel_of
 from slimgemm.kernels.gluon.wgmma_ptx import descriptor, wgmma_sp_asm, wgmma_sp_constraints
 from slimgemm.kernels.gluon.wgmma_tiles import WgmmaTile, wgmma_sp_tile
@@ -368,10 +369,13 @@ def spmm_24_wgmma_sp(
 def run(launch: Launch) -> Tensor:
     """Launch on the device of the output, and return it."""
     args = [_descriptor(a) if isinstance(a, TmaView) else a for a in launch.args]
-    with torch.cuda.device(launch.out.device):  # Triton launches on the current device
+
+    def here() -> None:
         if not ADDRESS_IS_GIVEN:
             _prove_arena(launch, args)
         _wgmma_sp_kernel[launch.grid](*args, **launch.constants, num_warps=launch.warps)
+
+    on_device_of(launch.out, here)
     return launch.out
 
 

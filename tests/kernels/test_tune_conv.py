@@ -156,8 +156,8 @@ def damage(tmp_path, change):
         (lambda r: r["conv"].update(out=32), "n and k must be 32 and 72 for its conv, got 16"),
         (lambda r: r["conv"].update(channels=16), "n and k must be 16 and 144 for its conv"),
         (
-            lambda r: r["results"][0].update(implementation="wgmma_sp"),
-            "implementation of conv2d_24 must be one of portable, mma_sp, dense, linear, got",
+            lambda r: r["results"][0].update(implementation="cudnn"),
+            "implementation of conv2d_24 must be one of portable, mma_sp, wgmma_sp, dense, linear",
         ),
     ],
 )
@@ -210,7 +210,7 @@ def test_a_gpus_tuner_tries_everything(monkeypatch):
         for quick in (False, True)
     )
     tried, own = full.tried(LAYERS["three"]), quick.tried(LAYERS["three"])
-    assert [c.implementation for c in own] == ["portable", "mma_sp", "linear", "dense"]
+    assert [c.implementation for c in own] == ["portable", "mma_sp", "wgmma_sp", "linear", "dense"]
     assert set(own) < set(tried) and {c.implementation for c in tried} == {*own_names(own)}
     assert full.tried(Job(BF16, 64, 64, 1)) == full.choices(1, 64, 64, BF16)
 
