@@ -243,12 +243,11 @@ def compress(
 
 
 def _untuned(choices: dict[nn.Module, Choice]) -> str:
-    """That the GPU of a 2:4 linear layer, packed or timed, was not tuned; "" if each one was."""
+    """That the GPU of a 2:4 layer, packed or timed, was not tuned; "" if each one was."""
     devices = [
-        module.weight.device
+        cast(Tensor, module.weight).device
         for module, choice in choices.items()
-        if isinstance(module, nn.Linear)
-        and (isinstance(choice.twin, SparseLinear24) or choice.us_packed is not None)
+        if isinstance(choice.twin, SparseLinear24 | SparseConv2d24) or choice.us_packed is not None
     ]
     return " ".join(dict.fromkeys(filter(None, map(untuned, dict.fromkeys(devices)))))
 

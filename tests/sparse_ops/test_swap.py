@@ -1,5 +1,6 @@
 """compress: what is swapped, what is left and why, and that nothing else changes."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from slimgemm import pruning
+from slimgemm.kernels import dispatch, tune_table
 from slimgemm.kernels.timing import Times
 from slimgemm.sparse_ops import (
     CompressReport,
@@ -425,6 +427,33 @@ def test_a_gpu_that_was_not_tuned_is_told_of_once(monkeypatch):
     assert report.note == note and str(report).count(note) == 1
     monkeypatch.setattr(swap, "untuned", lambda device: "")
     assert "tune" not in str(compress(mlp(), X))
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_the_sentence_of_a_gpu_without_a_table_ends_the_report(monkeypatch, kind, tmp_path):
+    """From the report down to the search for a table; only the GPU itself is a fake."""
+    gpu = torch.device("cuda", 0)
+    here = {"gpu": "NVIDIA Test 9000", "torch": "2", "triton": "3", "slimgemm": "0"}
+    here["compute_capability"] = "9.0"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune_table, "here", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: here["gpu"])
+    monkeypatch.setattr(swap, "untuned", lambda device: dispatch.untuned(gpu))
+    weight = torch.randn(16, 64, 1, 1)
+    weight[:, ::2] = 0
+    model = mlp() if kind == "linear" else nn.Sequential(nn.Conv2d(64, 16, 1))
+    if kind == "convolution":
+        model[0].weight.data = weight
+    dispatch.reload()
+    try:
+        text = str(compress(copy.deepcopy(model)))
+        assert "`slimgemm tune` was not run on this GPU (NVIDIA Test 9000)" in text
+        assert "2:4 layers run on the portable kernels, without sparse tensor cores." in text
+        tune_table.save(tune_table.Table(here), tune_table.user_path(here))
+        dispatch.reload()
+        assert "slimgemm tune" not in str(compress(model))
+    finally:
+        dispatch.reload()
 
 
 def test_a_layer_that_lost_its_timing_is_told_of_too(monkeypatch):
