@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from slimgemm.pruning.inputs import run, to_device
 from slimgemm.pruning.masks import keep_masks, masked_modules
+from slimgemm.pruning.schedule import recalibrate
 
 
 def finetune(
@@ -123,12 +124,15 @@ class FineTune:
         loss: (outputs, target) -> scalar.
         rate: highest learning rate.
         optimizer: (parameters, lr=rate) -> optimizer.
+        recalibrate: batches over which batch-norm statistics are taken anew at the end, at most as
+            many as were trained on; after few steps they would still be those of the dense model.
     """
 
     loader: Iterable[Any] = field(repr=False)
     loss: Callable[[Any, Any], Tensor] = field(repr=False)
     rate: float = 1e-3
     optimizer: Callable[..., Optimizer] = torch.optim.Adam
+    recalibrate: int = 8
 
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Train in place for this many optimizer steps; masks are kept."""
@@ -142,9 +146,14 @@ class FineTune:
         sizes = [steps * (i + 1) // chunks - steps * i // chunks for i in range(chunks)]
         optimizer = self.optimizer(model.parameters(), lr=self.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chunks)
+        seen: list[Any] = []
         for size in sizes:
             part = [next(batches) for _ in range(size)]
             finetune(model, optimizer, part, self.loss, 1, scheduler=schedule, show=False)
+            seen = [*seen, *part][-self.recalibrate :] if self.recalibrate else []
+        if seen and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+            device = next(model.parameters()).device
+            recalibrate(model, [to_device(inputs, device) for inputs, _ in seen])
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:

@@ -1,8 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from slimgemm import pruning
+from slimgemm.pruning import FineTune
 
 
 def loader(normal, batches=4):
@@ -71,3 +73,31 @@ def test_refusals(mlp, normal):
             mlp, optimizer, loader(normal), lambda o, y: o.sum() * float("nan"), 1, show=False
         )
     assert mlp.training
+
+
+def test_fine_tuning_by_steps_repeats_with_its_seed():
+    x, y = torch.randn(64, 4), torch.randint(3, (64,))
+    data = torch.utils.data.TensorDataset(x, y)
+    own = torch.Generator()
+    batches = torch.utils.data.DataLoader(data, 16, shuffle=True, generator=own)
+    tune = FineTune(batches, F.cross_entropy, 1e-2)
+
+    def tuned(seed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        torch.manual_seed(seed)
+        tune(model, 7)  # more than an epoch
+        return model
+
+    first, second, other = tuned(1), tuned(1), tuned(2)
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[0].weight, other[0].weight)
+    # batch-norm statistics are those of the tuned model, not a moving average on the way there
+    with torch.no_grad():
+        exact = first[0](x).mean(0)
+    assert torch.allclose(first[1].running_mean, exact, atol=0.1)
+    before = first[0].weight.clone()
+    tune(first, 0)
+    assert torch.equal(before, first[0].weight)
+    with pytest.raises(ValueError, match="the loader is empty"):
+        FineTune([], F.cross_entropy)(first, 1)

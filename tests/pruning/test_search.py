@@ -12,6 +12,7 @@ from slimgemm.kernels.timing import Times
 from slimgemm.pruning import Channels, NofM, count_macs, profile
 from slimgemm.pruning import search as search_module
 from slimgemm.pruning.amc import AMC
+from slimgemm.pruning.geometry import ModelLatency
 from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto
@@ -195,15 +196,15 @@ def test_a_folder_of_another_search_is_refused(searching, blobs, dense_macs, tmp
         searching(max_macs=0.7 * dense_macs, folder=tmp_path).run(blobs.model, blobs.example)
 
 
-class Known(LatencyTable):
-    """A layer takes in * out / 10 us, packed a third; tables of the search's folder too."""
-
-    def measure(self, wanted, after=None, also=None):
-        for site, pattern, (out, into) in wanted:
-            rows = self.times.setdefault(site.signature, {}).setdefault(pattern, {})
-            factor = 1 if pattern == "dense" else 3
-            rows[out, into] = Times(*[out * into / 10 / factor] * 3)
-        return {name: Times(100.0, 100.0, 100.0) for name in also or {}}
+def known_latency(space, table, **options):
+    """A layer takes in * out / 10 us, packed a third; nothing beside layers takes time."""
+    for site, pattern, (out, into) in profile.wanted_times(space):
+        rows = table.times.setdefault(site.signature, {}).setdefault(pattern, {})
+        if (out, into) not in rows:
+            share = 1 if pattern == "dense" else 1 / 3
+            rows[out, into] = Times(*[out * into / 10 * share] * 3)
+    table.save()
+    return ModelLatency(table, {0: 0.0, 10**12: 0.0})
 
 
 def timed(model):
@@ -226,11 +227,10 @@ def clock(monkeypatch, tmp_path):
         def layer_times(models, example_inputs, names, table):
             return {n: {name: Times(*[1.0] * 3) for name in names} for n in models}
 
-        monkeypatch.setattr(search_module, "LatencyTable", Known)
+        monkeypatch.setattr(search_module, "measure_latency", known_latency)
         monkeypatch.setattr(search_module, "forward_times", forward_times)
         monkeypatch.setattr(search_module, "layer_times", layer_times)
-        monkeypatch.setattr(profile, "forward_times", forward_times)
-        return Known(path=tmp_path / "table.json", twin=lambda layer, *pattern: layer)
+        return LatencyTable(path=tmp_path / "table.json", twin=lambda layer, *pattern: layer)
 
     return install
 
@@ -249,13 +249,17 @@ def test_the_latency_limit_holds_as_measured(searching, blobs, clock):
 def test_24_is_chosen_only_where_the_packed_layer_wins(searching, blobs, clock):
     table = clock(1.0)
     both = (Channels(multiple_of=16), NofM(2, 4))
-    limit = 0.45 * timed(blobs.model) / 1e3
-    chosen = searching(max_latency_ms=limit, latency=table, patterns=both)
+    whole = timed(blobs.model) / 1e3
+    # below what channels alone can reach
+    chosen = searching(max_latency_ms=0.45 * whole, latency=table, patterns=both)
     assert chosen.run(blobs.model, blobs.example).allocation.patterns
     for patterns in table.times.values():
         patterns["2:4"] = {width: Times(*[1e6] * 3) for width in patterns["dense"]}
-    found = chosen.run(blobs.model, blobs.example)
-    assert not found.allocation.patterns and found.measured.latency_ms <= limit
+    with pytest.raises(Infeasible, match="at its floor"):
+        chosen.run(blobs.model, blobs.example)
+    slow = searching(max_latency_ms=0.6 * whole, latency=table, patterns=both)
+    found = slow.run(blobs.model, blobs.example)
+    assert not found.allocation.patterns and found.measured.latency_ms <= 0.6 * whole
 
 
 def test_measured_energy_is_what_the_limit_is_of(searching, blobs):
