@@ -8,7 +8,10 @@ from helpers import assert_no_worse_than_dense, randn, random_24
 
 from slimgemm import kernels
 from slimgemm.kernels import dispatch, tune, tune_jobs, tune_table
+from slimgemm.kernels.conv_layout import convolution
 from slimgemm.kernels.reference import spmm_24_ref
+from slimgemm.kernels.reference_conv import conv2d_24_ref
+from slimgemm.kernels.tune_jobs import ConvJob, conv_jobs
 
 pytestmark = pytest.mark.gpu
 
@@ -88,6 +91,41 @@ def test_a_dispatched_call_keeps_no_memory_but_its_output(tuned):
     assert torch.cuda.memory_allocated() == before  # the new output took the old one's place
     assert torch.cuda.memory_reserved() == reserved
     assert y.shape == (M, N)
+
+
+CONVS = [
+    ConvJob(torch.bfloat16, convolution((128, 64, 1, 1)), 2, 14, 14),
+    ConvJob(torch.bfloat16, convolution((128, 64, 3, 3), padding=1), 2, 14, 14),
+]
+
+
+def test_convolutions_are_tuned_dispatched_and_captured(tmp_path):
+    device, path = torch.device("cuda", torch.cuda.current_device()), tmp_path / "t.json"
+    head = {**tune_table.here(device.index), "driver": "", "commit": ""}
+    tuner = tune.gpu_tuner(device, lambda choice: None, lambda *what: None, quick=True)
+    todo = conv_jobs(CONVS)
+    rows = [row for _, row, _ in tune.tune(todo, tune.resumed(path, head), path, tuner)]
+    assert [row.shape for row in rows] == [job.shape for job in todo]
+    for row in rows:
+        for result in row.results:
+            print(f"{row.op} {result.choice}: {result.verdict} {result.us_p50} {result.reason}")
+        assert [r for r in row.results if r.verdict == "wrong"] == []
+    plans = dispatch.Plans(tune_table.load(path))
+    for job in CONVS:
+        x, w = job.inputs(device, 7)
+        arguments = job.arguments(x, w, None, None, "relu")
+        got = plans.conv2d_24(*arguments)
+        wide = w._replace(values=w.values.double())
+        exact = conv2d_24_ref(*job.arguments(x.double(), wide, None, None, "relu"))
+        assert_no_worse_than_dense(got, conv2d_24_ref(*arguments), exact, str(job))
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = plans.conv2d_24(*arguments)
+        x.copy_(job.inputs(device, 8)[0])
+        graph.replay()
+        assert torch.equal(y, plans.conv2d_24(*arguments))
 
 
 def host_us(call, calls=200, rounds=15):
