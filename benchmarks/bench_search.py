@@ -60,7 +60,8 @@ class Data:
         """Mean cross entropy, nats, of the images to search by; smoother than their accuracy."""
         total = 0.0
         for x, y in zip(self.held_x.split(500), self.held_y.split(500), strict=True):
-            total += float(F.cross_entropy(model(x), y, reduction="sum"))
+            with torch.no_grad():
+                total += float(F.cross_entropy(model(x), y, reduction="sum"))
         return total / len(self.held_y)
 
 

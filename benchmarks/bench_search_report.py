@@ -33,7 +33,11 @@ def record(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "search.json"
     data = json.loads(path.read_text()) if path.is_file() else {}
-    command = shlex.join(["python", "-m", "slimgemm.benchmarks.bench_search", *arguments])
+    shown = list(arguments)
+    if "--out" in shown:  # where the rows go changes none of them
+        place = shown.index("--out")
+        del shown[place : place + 2]
+    command = shlex.join(["python", "-m", "slimgemm.benchmarks.bench_search", *shown])
     data.setdefault(part, {})[command] = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
