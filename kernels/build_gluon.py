@@ -26,6 +26,7 @@ from slimgemm.kernels.reference import prune_24_ref
 __all__ = [
     "MMA_SP_ARCHS",
     "conv2d_24_mma",
+    "conv2d_24_wgmma",
     "pack_dense",
     "scaled_spmm_24_mma_sp",
     "scaled_spmm_24_wgmma_sp",
@@ -98,6 +99,27 @@ def conv2d_24_mma(dtype: torch.dtype, arch: str) -> Cases:
         yield f"m {most}", functools.partial(warm, most, 3, 64, 1)
         yield f"m {most} 1x1", functools.partial(warm, most, 1, 1024, 1)
         yield f"m {most} split", functools.partial(warm, most, 3, 128, 4)
+
+
+def conv2d_24_wgmma(dtype: torch.dtype, arch: str) -> Cases:
+    """The convolution on wgmma.sp: 3 x 3, 1 x 1, and with a full epilogue."""
+    file = importlib.import_module("slimgemm.kernels.gluon.wgmma_conv")
+    core = importlib.import_module("slimgemm.kernels.gluon.wgmma_sp")
+    out = ALIGNED[1]
+
+    def warm(kernel: int, act: str) -> Any:
+        conv = convolution((out, 64, kernel, kernel), padding=kernel // 2)
+        weight = prune_24_ref(torch.zeros(out, conv.k, dtype=dtype))
+        x = operand(2, 14, 14, 64, dtype=dtype).permute(0, 3, 1, 2)
+        bias = None if act == "none" else operand(out, dtype=dtype)
+        go = file.prepare(x, weight, conv, bias, act)
+        args = [core._descriptor(a) if isinstance(a, core.TmaView) else a for a in go.args]
+        warmup = core._wgmma_sp_kernel.warmup
+        return warmup(*args, grid=go.grid, num_warps=go.warps, **go.constants)
+
+    yield "3x3", functools.partial(warm, 3, "none")
+    yield "1x1", functools.partial(warm, 1, "none")
+    yield "3x3 gelu", functools.partial(warm, 3, "gelu")
 
 
 def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -25,6 +25,7 @@ from slimgemm.kernels.build_conv import (
 from slimgemm.kernels.build_gluon import (
     MMA_SP_ARCHS,
     conv2d_24_mma,
+    conv2d_24_wgmma,
     pack_dense,
     scaled_spmm_24_mma_sp,
     scaled_spmm_24_wgmma_sp,
@@ -214,6 +215,7 @@ OPS = {
         scaled_spmm_24_wgmma_sp, SCALED_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"
     ),
     "spmm_24_wgmma_sp": Op(spmm_24_wgmma_sp, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"),
+    "conv2d_24_wgmma": Op(conv2d_24_wgmma, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"),
     "spmm_24_wgmma_packed": Op(
         spmm_24_wgmma_packed, SPARSE_DTYPES, True, ("sm_90",), "_wgmma_sp_kernel"
     ),

@@ -154,8 +154,9 @@ def conv_jobs(convs: Iterable[ConvJob]) -> list[AnyJob]:
     """Each of `convs` once, after the linear layer that it is as well."""
     found: dict[Shape, AnyJob] = {}
     for job in convs:
-        for one in filter(None, (job.linear, job)):
-            found.setdefault(one.shape, one)
+        if job.linear is not None:
+            found.setdefault(job.linear.shape, job.linear)
+        found.setdefault(job.shape, job)
     return list(found.values())
 
 

@@ -191,9 +191,9 @@ def compress(
     """Swap every eligible layer of `model`, in place, for its packed twin.
 
     Names, hooks, train/eval state, device, requires_grad and shared weights stay as they are. The
-    packed modules hold new parameters: build the optimizer afterwards. Which kernel a 2:4 layer runs
-    on a GPU is decided at each call (kernels/dispatch.py); the report says if `slimgemm tune` was not
-    run there, and the portable kernels are used.
+    packed modules hold new parameters: build the optimizer afterwards. Which kernel a 2:4 layer
+    runs on a GPU is decided at each call (kernels/dispatch.py); the report says if `slimgemm tune`
+    was not run there, so that the portable kernels are used.
 
     Args:
         model: pruned already (slimgemm.pruning); layers that are not are left dense.

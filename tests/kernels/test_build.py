@@ -125,6 +125,7 @@ def test_the_tensor_cores_of_each_generation_are_found(arch, pattern, quick):
         ("conv2d_24_mma", "HMMA.SP.16832.F32"),
         ("spmm_24_wgmma_sp", "HGMMA.SP."),
         ("spmm_24_wgmma_packed", "HGMMA.SP."),
+        ("conv2d_24_wgmma", "HGMMA.SP."),
     ],
 )
 def test_the_sparse_tensor_cores_are_used(quick, op, mnemonic):
