@@ -10,6 +10,18 @@ is repeated. What is left at the end: one unit per set of united ids, and all ax
 
 An operation without a rule, a layer norm over channels, an ignored layer or the model's output pin
 the ids that reach them: these channels stay, and the reason is kept. Nothing is guessed.
+
+torch-pruning's DependencyGraph answers the same question from the autograd graph, and finds the
+same groups for chains, residual adds, concatenation, depthwise convolutions, squeeze and
+excitation, flattening and MLPs (tests/pruning/test_torch_pruning.py). It is not used, because
+parameters without a gradient are not in its graph, and an operation that it does not know counts
+as element-wise. Where the two differ:
+
+    grouped convolution   here channel j of each group goes with channel j of the others
+    attention             here heads go whole, a pair of key and value with all its queries;
+                          there the caller passes the number of heads
+    layer norm            here its channels stay; there they go, and its moments change
+    cumsum over channels  here they stay and the operation is named; there they go one by one
 """
 
 from __future__ import annotations
