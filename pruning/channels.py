@@ -134,8 +134,9 @@ def dropped_roots(
     axis: str,
     amount: Amount,
     pattern: Channels,
+    notes: list[str],
 ) -> list[int]:
-    """Root ids to drop, over all groups.
+    """Root ids to drop, over all groups; `notes` gets a line where more stay than asked for.
 
     Raises:
         ValueError: no channel of any layer may go; each layer's reason is named.
@@ -160,6 +161,12 @@ def dropped_roots(
     gone: list[int] = []
     for group, value, drop in zip(groups, values, amount.drops(units), strict=True):
         stay = set(kept_units(group, value, drop, pattern))
+        asked, all_ = len(group.units) - drop, len(group.units)
+        if len(stay) > asked:
+            notes.append(
+                f"{' + '.join(group.layers)}: keeps {len(stay)} of {all_} units of coupled "
+                f"channels, the amount asked for {asked} ({pattern}, floor {pattern.floor})"
+            )
         gone.extend(u for u in group.units if u not in stay)
     return sorted(gone)
 

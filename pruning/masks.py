@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,9 @@ class MaskKeeper:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._dropped: dict[int, tuple[PackedMask, Tensor]] = {}
-        self._hooked: set[int] = set()
+        # By module, and weakly: the id of a weight that is gone can be that of another one.
+        self._dropped: WeakKeyDictionary[nn.Module, tuple[PackedMask, Tensor]] = WeakKeyDictionary()
+        self._hooked: WeakKeyDictionary[nn.Module, ref[Tensor]] = WeakKeyDictionary()
 
     def _weights(self, optimizer: Optimizer) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
         """(module, weight, dropped) of every masked weight that this optimizer updates."""
@@ -126,14 +128,14 @@ class MaskKeeper:
         for _, module, packed in masked_modules(self.model):
             weight = module.weight
             if isinstance(weight, Tensor) and id(weight) in mine:
-                yield module, weight, self.dropped(weight, packed)
+                yield module, weight, self.dropped(module, weight, packed)
 
-    def dropped(self, weight: Tensor, packed: PackedMask) -> Tensor:
+    def dropped(self, module: nn.Module, weight: Tensor, packed: PackedMask) -> Tensor:
         """bool like `weight`, True = dropped; unpacked once per mask and device."""
-        known = self._dropped.get(id(weight))
+        known = self._dropped.get(module)
         if known is None or known[0].bits is not packed.bits or known[1].device != weight.device:
             known = (packed, ~unpack_mask(packed).to(weight.device))
-            self._dropped[id(weight)] = known
+            self._dropped[module] = known
         return known[1]
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -158,14 +160,15 @@ class MaskKeeper:
         """Mask the module's gradient as it arrives: clipping by norm comes before the step."""
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if id(weight) in self._hooked or not weight.requires_grad:
+        hooked = self._hooked.get(module)
+        if (hooked is not None and hooked() is weight) or not weight.requires_grad:
             return
-        self._hooked.add(id(weight))
+        self._hooked[module] = ref(weight)
 
         def on_gradient(parameter: Tensor) -> None:
             packed = getattr(module, "kept_weights", None)
             if isinstance(packed, PackedMask) and parameter.grad is not None:
-                parameter.grad.masked_fill_(self.dropped(parameter, packed), 0.0)
+                parameter.grad.masked_fill_(self.dropped(module, parameter, packed), 0.0)
 
         weight.register_post_accumulate_grad_hook(on_gradient)
 

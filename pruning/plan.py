@@ -41,6 +41,8 @@ from slimgemm.pruning.trace import trace
 
 UNKNOWN = float("nan")
 
+NO_NORM = "its channels stay: no batch normalisation with a scale follows them"
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -327,22 +329,52 @@ def _channels(
             "Channels cannot be combined with a solver, which keeps a layer's shape; use another "
             "score, and repair=LeastSquares() for new weights"
         )
-    scores = scores_of_all(request)
-    gone = channels.dropped_roots(coupling, scores, request.score.axis, request.amount, pattern)
+    scores = _channel_scores(request, coupling)
+    notes: list[str] = []
+    gone = channels.dropped_roots(
+        coupling, scores, request.score.axis, request.amount, pattern, notes
+    )
     surgery = channels.cut(request.model, coupling, gone, example_inputs)
     if request.repair is not None:
         dropped = {name.rpartition(".")[0]: gone for name, gone in surgery.readers.items()}
         weights = refitted(request, dropped)
         surgery = replace(surgery, weights={f"{n}.weight": w for n, w in weights.items()})
-    return {name: _channel_part(name, surgery, coupling) for name in scores}, surgery
+    parts = {}
+    for layer in request.layers:
+        part = _channel_part(layer.name, surgery, coupling, layer.name in scores)
+        if layer.name not in scores and channels.why_kept(coupling, layer.name) is None:
+            notes.append(f"{layer.name}: {NO_NORM}")
+        parts[layer.name] = replace(part, notes=tuple(notes))
+        notes = []
+    return parts, surgery
 
 
-def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling) -> Part:
+def _channel_scores(request: Request, coupling: Coupling) -> dict[str, Tensor]:
+    """Layer name -> scores. Of a score of norms, layers without one add nothing to a group that has
+    one, and a group that has none is left whole: its layers are not in the result.
+    """
+    bare = [la for la in request.layers if request.contexts[la.name].norm is None]
+    if request.score.needs != "norm" or len(bare) == len(request.layers):
+        return scores_of_all(request)
+    normed = [layer for layer in request.layers if layer not in bare]
+    found = scores_of_all(replace(request, layers=normed))
+    names = [layer.name for layer in request.layers]
+    for group in channels.groups_of(coupling, names):
+        if found.keys() & set(group.layers):
+            found |= {
+                layer.name: torch.zeros_like(layer.weight, dtype=torch.float32)
+                for layer in bare
+                if layer.name in group.layers
+            }
+    return {name: found[name] for name in names if name in found}
+
+
+def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling, scored: bool) -> Part:
     kept_out = surgery.slices.get((f"{name}.weight", 0))
     kept_in = surgery.slices.get((f"{name}.weight", 1))
     if kept_out is None and kept_in is None:
-        reason = channels.why_kept(coupling, name)
-        return Part(refusal=reason or "the amount drops none of its channels")
+        rest = "the amount drops none of its channels" if scored else NO_NORM
+        return Part(refusal=channels.why_kept(coupling, name) or rest)
     return Part(kept_out=kept_out, kept_in=kept_in)
 
 

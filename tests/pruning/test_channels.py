@@ -251,6 +251,47 @@ def test_floor_and_per_layer(normal):
     assert (model[0].out_features, model[1].out_features) == (5, 12)
 
 
+def test_a_width_that_had_to_be_rounded_up_is_noted(normal):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 2))
+    options = {"example_inputs": normal(2, 6), "amount": pruning.Uniform(0.5)}
+    plan = pruning.plan(model, pattern=pruning.Channels(multiple_of=8), **options)
+    note = "0: keeps 16 of 24 units of coupled channels, the amount asked for 12"
+    assert note in plan.notes[0] and "multiple of 8, floor 1" in str(plan)
+    assert not pruning.plan(model, pattern=pruning.Channels(multiple_of=4), **options).notes
+
+
+def test_norm_scales_leave_groups_without_a_norm_whole(normal):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.b = nn.Conv2d(8, 8, 1)  # no norm of its own, but added to channels that have one
+            self.c, self.head = nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.norm(self.a(x)).relu()
+            return self.head(self.c((x + self.b(x)).mean((2, 3))).relu())
+
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    nn.init.normal_(model.norm.weight)
+    scales = model.norm.weight.detach().abs()
+    x = normal(2, 3, 4, 4)
+    dense, options = copy.deepcopy(model), {"amount": pruning.Uniform(0.5)}
+    options |= {"pattern": pruning.Channels(), "score": pruning.BatchNormScale()}
+    plan = pruning.plan(model, x, **options)
+    plan.apply(model)
+    assert torch.equal(plan["a"].kept_out, scales.topk(4).indices.sort().values)
+    assert [tuple(m.weight.shape[:2]) for m in (model.a, model.b, model.c, model.head)] == [
+        (4, 3), (4, 4), (6, 4), (2, 6),
+    ]  # fmt: skip
+    assert any("c: its channels stay: no batch normalisation" in note for note in plan.notes)
+    assert "no batch normalisation" not in (plan["head"].refusal or "")
+    with pytest.raises(ValueError, match="no batch normalisation with a scale follows"):
+        pruning.plan(nn.Sequential(dense.c, dense.head), normal(2, 8), **options)
+
+
 def test_training_goes_on_with_the_same_parameters(normal):
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

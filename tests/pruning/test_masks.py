@@ -211,3 +211,25 @@ def test_refusals(pruned, mlp, normal):
     with pytest.raises(ValueError, match=r"2: mask bits must be uint8.*another model"):
         pruning.load_masks(copied, {"2": torch.zeros(3, dtype=torch.uint8)})
     assert torch.equal(copied[0].weight, weights)
+
+
+def test_a_new_weight_is_masked_and_hooked_like_the_one_before():
+    """Nothing is remembered by the address of a tensor, which the next one may get."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    set_mask(model, model.weight > 0)
+    optimizer = pruning.keep_masks(torch.optim.SGD(model.parameters(), 0.1), model)
+    for seed in range(5):
+        model.weight = nn.Parameter(
+            torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+        )
+        optimizer.param_groups[0]["params"][0] = model.weight
+        mask = model.weight.detach() > 0.3 * seed
+        set_mask(model, mask)
+        pruning.keep_masks(optimizer, model)
+        model(torch.ones(2, 8)).sum().backward()
+        assert torch.equal(model.weight.grad != 0, mask)
+        optimizer.step()
+        assert not model.weight[~mask].any()
+    keeper = optimizer.mask_keeper
+    assert len(keeper._dropped) == len(keeper._hooked) == 1
