@@ -195,6 +195,19 @@ def check(packed: Packed24) -> None:
     )
 
 
+class PackedMask(NamedTuple):
+    """A mask at 1 bit per weight.
+
+    Args:
+        bits: uint8 [ceil(weights / 8)]; bit i of byte j is weight 8j + i in the memory order of a
+            contiguous weight, 1 = kept. Unused bits of the last byte are 0.
+        shape: shape of the weight.
+    """
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+
 class ChannelIndex(NamedTuple):
     """Which channels of a dense axis are kept: ascending, without repeats.
 

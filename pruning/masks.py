@@ -9,27 +9,16 @@ optimizer's state dict carries the masks under "masks", by layer name; `masks_st
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from slimgemm.kernels.formats import PackedMask
+
 STATE_KEY = "masks"
-
-
-class PackedMask(NamedTuple):
-    """A mask at 1 bit per weight.
-
-    Args:
-        bits: uint8 [ceil(weights / 8)]; bit i of byte j is weight 8j + i in the memory order of a
-            contiguous weight, 1 = kept. Unused bits of the last byte are 0.
-        shape: shape of the weight.
-    """
-
-    bits: Tensor
-    shape: tuple[int, ...]
 
 
 def pack_mask(mask: Tensor) -> PackedMask:

@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimgemm.kernels.formats import PackedMask
 from slimgemm.sparse_ops.rebuild import CheckpointError, rebuild, shrunk_entries, swapped_entries
 
 FORMAT = "slimgemm"
 VERSION = 1
+MASK = ".kept_weights"  # after a layer's name: the bits of its mask, among the tensors
 TENSORS, MANIFEST = "model.safetensors", "prune.json"
 
 
@@ -56,20 +58,47 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
     target = Path(folder)
     _check_target(target, overwrite)
     tensors, aliases = _tensors(model)
+    masks = _masks(model)
+    if clash := sorted(tensors.keys() & masks.keys()):
+        raise ValueError(f"{clash[0]} in the state dict has the name of a mask; rename it")
     swapped = swapped_entries(model)
     with _beside(target) as work:
-        save_file(tensors, work / TENSORS, metadata={"format": FORMAT, "version": str(VERSION)})
+        save_file(
+            tensors | masks, work / TENSORS, metadata={"format": FORMAT, "version": str(VERSION)}
+        )
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "tool": f"slimgemm {metadata.version('slimgemm')}, torch {torch.__version__}",
             "tensors": {"file": TENSORS, "sha256": file_digest(work / TENSORS)},
             "aliases": aliases,
+            "masks": [name.removesuffix(MASK) for name in masks],
+            "frozen": [n for n, p in _parameters(model) if not p.requires_grad],
             "shrunk": shrunk_entries(model),
             "swapped": swapped,
         }
         manifest["sha256"] = manifest_digest(manifest)
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names."""
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def _masks(model: nn.Module) -> dict[str, Tensor]:
+    """Layer name and MASK -> bits of the mask that an unpacked layer carries."""
+    found = {}
+    for name, module in model.named_modules():
+        mask, weight = getattr(module, "kept_weights", None), getattr(module, "weight", None)
+        if isinstance(mask, PackedMask) and isinstance(weight, Tensor):
+            if tuple(mask.shape) != tuple(weight.shape):
+                raise ValueError(
+                    f"{name}: its mask is {list(mask.shape)}, its weight {list(weight.shape)}; "
+                    "plan again, or delete kept_weights"
+                )
+            found[name + MASK] = mask.bits.detach().cpu().clone()
+    return found
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -121,7 +150,7 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(_parameters(model))
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(
@@ -187,9 +216,9 @@ def load(
         folder: written by `save`.
         device: where the model goes.
     Returns:
-        The model with packed and shrunk layers as saved, dtypes as saved; train mode and
-        requires_grad as `factory` left them. Masks of layers that are not packed are not saved:
-        plan again before you train on.
+        The model with packed and shrunk layers as saved, dtypes and the masks of layers that
+        are not packed as saved; train mode as `factory` left it. A parameter is frozen if it was
+        when saved, or if `factory` froze it.
     Raises:
         CheckpointError: a file is damaged, or the factory's model does not fit; no tensor was used.
     """
@@ -201,6 +230,7 @@ def load(
     model = factory()
     model = rebuild(model, manifest["shrunk"], manifest["swapped"])
     tensors = load_file(Path(folder) / TENSORS, device=str(device))
+    masks = {name: tensors.pop(name + MASK, None) for name in manifest.get("masks", ())}
     state = tensors | {alias: tensors[name] for alias, name in manifest["aliases"].items()}
     _check_state(model, state, folder)
     try:
@@ -209,7 +239,29 @@ def load(
         raise CheckpointError(f"{folder} does not fit the model: {error}") from error
     _tie(model, manifest["aliases"])
     _check_filled(model)
+    _mask(model, masks, folder)
+    frozen = set(manifest.get("frozen", ()))
+    for name, parameter in _parameters(model):
+        if name in frozen:
+            parameter.requires_grad_(False)
     return model.to(device)
+
+
+def _mask(model: nn.Module, masks: dict[str, Tensor | None], folder: Any) -> None:
+    """Let layers carry their masks again.
+
+    Raises:
+        CheckpointError: bits are missing or do not fit the weight.
+    """
+    for name, bits in masks.items():
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if (
+            not isinstance(weight, Tensor)
+            or bits is None
+            or bits.shape != (-(-weight.numel() // 8),)
+        ):
+            raise CheckpointError(f"{folder} has no mask that fits {name}; save the model again")
+        model.get_submodule(name).kept_weights = PackedMask(bits.cpu(), tuple(weight.shape))  # type: ignore[assignment]
 
 
 def _check_filled(model: nn.Module) -> None:

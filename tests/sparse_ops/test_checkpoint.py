@@ -16,6 +16,7 @@ from torch import nn
 
 from slimgemm.kernels.formats import channel_index
 from slimgemm.kernels.reference import prune_dense_24_ref
+from slimgemm.pruning.masks import mask_of, set_mask
 from slimgemm.sparse_ops import CheckpointError, SparseLinear24, checkpoint, compress, load, save
 
 # ---- round trips
@@ -108,6 +109,24 @@ def test_dense_tied_tensors_and_buffers_of_parameters(tmp_path):
     assert isinstance(again.embed.weight, nn.Parameter)
     assert type(again._buffers["copy"]) is torch.Tensor
     assert_same(again, model)
+
+
+def test_masks_of_dense_layers_and_frozen_parameters_come_back(tmp_path):
+    make = lambda: nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))  # noqa: E731
+    model = make()
+    mask = torch.arange(15).view(3, 5) % 3 > 0
+    set_mask(model[0], mask)
+    model[1].bias.requires_grad_(False)
+    save(model, tmp_path / "out")
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert stored["0.kept_weights"].dtype == torch.uint8 and stored["0.kept_weights"].numel() == 2
+    again = load(make, tmp_path / "out")
+    assert_same(again, model)
+    assert torch.equal(mask_of(again[0]), mask) and mask_of(again[1]) is None
+    assert [p.requires_grad for p in again.parameters()] == [True, True, True, False]
+    model[0].weight = nn.Parameter(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"0: its mask is \[3, 5\], its weight \[3, 4\]"):
+        save(model, tmp_path / "other")
 
 
 def test_hooks_and_flags_of_the_factory_stay(saved):
