@@ -13,5 +13,7 @@ FOLDERS = {
 setup(
     packages=list(FOLDERS),
     package_dir=FOLDERS,
-    package_data={name: ["py.typed", "*.md", "*.csv", "*.json", "tables/*.json"] for name in FOLDERS},
+    package_data={
+        name: ["py.typed", "*.md", "*.csv", "*.json", "tables/*.json"] for name in FOLDERS
+    },
 )
