@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 Call = Callable[[], Any]
-# Bytes written before a timed call, per byte of L2: evicts it all, and keeps the GPU busy while the
-# host queues the call, so that the events do not see the host.
+# Bytes read before a timed call, per byte of L2: evicts it all, and keeps the GPU busy while the
+# host queues the call, so that events see of the host's time only what outlasts that.
 FLUSH_PER_L2 = 8
 
 
@@ -54,15 +54,24 @@ def capture(calls: Sequence[Call], device: torch.device) -> torch.cuda.CUDAGraph
 
 
 def flush_buffer(device: torch.device) -> torch.Tensor:
-    """A buffer whose zero_() evicts everything from the L2 cache of `device`."""
+    """A buffer for `empty_l2`, fp32."""
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(max(l2, 1 << 20) * FLUSH_PER_L2, dtype=torch.int8, device=device)
+    return torch.zeros(max(l2, 1 << 20) * FLUSH_PER_L2 // 4, device=device)
 
 
-def _gpu_us(run: Call, flush: torch.Tensor | None) -> float:
+def empty_l2(buffer: torch.Tensor) -> None:
+    """Leave nothing in the L2 but clean lines of `buffer`.
+
+    Read, not written: lines that were written would go to memory while the next call is timed, as
+    many bytes as the L2 holds, which is a tax on whoever reads few.
+    """
+    buffer.sum()
+
+
+def _gpu_us(run: Call, buffer: torch.Tensor | None) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    if flush is not None:
-        flush.zero_()
+    if buffer is not None:
+        empty_l2(buffer)
     start.record()
     run()
     end.record()

@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from slimgemm.kernels import timing
 from slimgemm.kernels.timing import Times, cpu_clock, percentiles, time_us
 
 
@@ -58,3 +59,36 @@ def test_a_graph_of_two_sets_takes_as_long_per_call_as_one():
     one = time_us({"mm": lambda: a[0] @ a[0]}, "cuda", graph=True)["mm"]
     two = time_us({"mm": [lambda: a[0] @ a[0], lambda: a[1] @ a[1]]}, "cuda", graph=True)["mm"]
     assert 0.7 < two.p50 / one.p50 < 1.4
+
+
+class Buffer:
+    """Stands for the flush buffer: notes what is done to it."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def __getattr__(self, name):
+        return lambda *args: self.log.append(f"{name} buffer")
+
+
+def test_the_l2_is_emptied_by_reading_before_every_timed_call(monkeypatch):
+    # Written lines would still go to memory while the call is timed.
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: log.append("event")
+            self.synchronize = lambda: None
+            self.elapsed_time = lambda end: 0.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert timing._gpu_us(lambda: log.append("call"), Buffer(log)) == 500.0
+    assert log == ["sum buffer", "event", "call", "event"]
+
+
+@pytest.mark.gpu
+def test_a_call_on_a_small_tensor_finds_it_in_memory_not_in_the_l2():
+    a = torch.randn(2**22, device="cuda")
+    cold = time_us({"read": a.sum}, "cuda")["read"]
+    warm = time_us({"read": a.sum}, "cuda", flush=False)["read"]
+    assert warm.p50 < cold.p50
