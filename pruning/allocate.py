@@ -6,6 +6,7 @@ units (weights, blocks, channels), in [0, 1), and count what is dropped.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,11 @@ class Amount:
 
 
 def check_share(share: float, name: str) -> None:
-    """Raise ValueError unless 0 <= share < 1."""
-    if not 0 <= share < 1:
+    """Raise ValueError unless `share` is a number and 0 <= share < 1."""
+    number = isinstance(share, numbers.Real) and not isinstance(share, bool)
+    if not number or not 0 <= share < 1:
         raise ValueError(
-            f"{name} must be in [0, 1), got {share}; it is the dropped share, 0.9 keeps a tenth"
+            f"{name} must be in [0, 1), got {share!r}; it is the dropped share, 0.9 keeps a tenth"
         )
 
 
@@ -121,6 +123,11 @@ class PerLayer(Amount):
 
     def __post_init__(self) -> None:
         check_share(self.default, "PerLayer default")
+        if not isinstance(self.shares, Mapping):
+            raise ValueError(
+                f"PerLayer needs a share for each layer as {{'fc1': 0.5}}, got {self.shares!r}; "
+                "the same share everywhere is Uniform"
+            )
         for name, share in self.shares.items():
             check_share(share, f"PerLayer share of {name}")
 

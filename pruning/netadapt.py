@@ -10,6 +10,7 @@ Source: Yang et al. 2018, arXiv 1804.03230, algorithm 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,8 @@ class NetAdaptSearch:
             if not found:
                 return False
             after = self._best(space, before, found, place)
+            if after is None:
+                return False
             save_snapshot(self._path(place), after)
             self._last = after
             costs = self.task.costs_now(after.model, after.allocation.patterns)
@@ -198,11 +201,16 @@ class NetAdaptSearch:
 
     def _best(
         self, space: Space, before: Snapshot, found: list[_Candidate], place: int
-    ) -> Snapshot:
-        """Evaluate every candidate, and keep the model of the cheapest; ties to the first."""
+    ) -> Snapshot | None:
+        """Evaluate every candidate, and keep the model of the cheapest; ties to the first.
+
+        None where the metric of each is not finite.
+        """
         from rich.progress import Progress
 
-        task, best, kept, price = self.task, found[0], None, float("inf")
+        task, price = self.task, math.inf
+        best: _Candidate | None = None
+        kept: Snapshot | None = None
         with Progress(disable=not task.show) as bar:
             line = bar.add_task(f"NetAdapt step {place}", total=len(found))
             for candidate in found:
@@ -226,6 +234,8 @@ class NetAdaptSearch:
                 if mine < price:
                     best, price, kept = candidate, mine, made[0] if made else None
                 bar.update(line, advance=1)
+        if best is None:
+            return None
         value = float(task.journal[f"step {place} {best.site}"]["value"])
         if kept is None:
             kept = self._made(space, before, best, place)

@@ -11,16 +11,23 @@ Masks are bool, True = kept. Of equal scores the one at the lower index is kept.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from slimgemm.kernels.formats import PATTERNS
 from slimgemm.pruning.transposable import transposable_mask
 
 LOWEST = float("-inf")
 SHORT = 16  # axes up to this length are ranked by comparing all pairs, without a sort
-INDEX_BYTES = 4  # one int32 column index per kept unit, block or vector
+
+
+def check_whole(value: object, name: str, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number (no bool) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def rows_of(weight: Tensor) -> Tensor:
@@ -99,8 +106,8 @@ class Pattern:
         return self.expand(keep_highest(units, units.numel() - drop), tuple(scores.shape))
 
     def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Bytes of the kept weights and of what says where they are."""
-        raise NotImplementedError
+        """Bytes that a weight with this mask takes on disk: dense, where no format packs it."""
+        return mask.numel() * itemsize
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,8 @@ class NofM(Pattern):
             well; the exact best of the 90 masks of each 4x4 block.
 
     Raises:
-        ValueError: keep is not in 1 .. group-1, or transposable with anything but 2:4.
+        ValueError: keep and group are no whole numbers, keep is not in 1 .. group-1, or
+            transposable with anything but 2:4.
     """
 
     keep: int = 2
@@ -125,7 +133,9 @@ class NofM(Pattern):
     transposable: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep < self.group:
+        check_whole(self.keep, "keep of NofM")
+        check_whole(self.group, "group of NofM")
+        if self.keep >= self.group:
             raise ValueError(
                 f"NofM keeps 1 to group-1 weights of each group, got keep={self.keep}, "
                 f"group={self.group}; keep counts the weights that stay"
@@ -137,6 +147,11 @@ class NofM(Pattern):
     def share(self) -> float:  # type: ignore[override]
         """Dropped share, 1 - keep / group."""
         return 1 - self.keep / self.group
+
+    @property
+    def packs(self) -> bool:
+        """Whether a format and kernels hold it packed; any other keep:group stays dense."""
+        return (self.keep, self.group) in PATTERNS
 
     @property
     def columns(self) -> int:
@@ -161,7 +176,9 @@ class NofM(Pattern):
         return like_weight(kept, scores.shape).contiguous()
 
     def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Packed: `keep` values per group, one bit per weight for 1 byte per 8; K padded to 8."""
+        """Packed: `keep` values per group and one byte per 8 weights, K padded to 8; or dense."""
+        if not self.packs:
+            return super().stored_bytes(mask, itemsize)
         rows = rows_of(mask)
         columns = rows.shape[1] * (-(-rows.shape[2] // 8) * 8)
         values = rows.shape[0] * -(-columns * self.keep // self.group)
@@ -201,10 +218,6 @@ class Unstructured(Pattern):
         """bool [weights] as a mask of the weight's shape."""
         return kept.reshape(shape)
 
-    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Kept values, and one bit for every weight of the dense tensor."""
-        return int(mask.sum()) * itemsize + -(-mask.numel() // 8)
-
 
 @dataclass(frozen=True)
 class Block(Pattern):
@@ -221,8 +234,8 @@ class Block(Pattern):
     c: int
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.c < 1:
-            raise ValueError(f"a block has at least one row and column, got {self.r} x {self.c}")
+        check_whole(self.r, "r of Block (rows)")
+        check_whole(self.c, "c of Block (columns)")
 
     @property
     def columns(self) -> int:
@@ -245,11 +258,6 @@ class Block(Pattern):
         rows = blocks.repeat_interleave(self.r, 0).repeat_interleave(self.c, 2)
         return like_weight(rows[:n, :, :k], shape).contiguous()
 
-    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Kept values and a 4-byte column index per kept block."""
-        blocks = int((self.units(mask.float()) > 0).sum())
-        return int(mask.sum()) * itemsize + blocks * INDEX_BYTES
-
 
 @dataclass(frozen=True)
 class Vector(Pattern):
@@ -262,8 +270,7 @@ class Vector(Pattern):
     length: int = 8
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"a vector has at least one weight, got length={self.length}")
+        check_whole(self.length, "length of Vector")
 
     def __str__(self) -> str:
         return f"vector {self.length}"
@@ -279,11 +286,6 @@ class Vector(Pattern):
         if len(shape) == 4:
             return kept.reshape(*shape[:3], 1).expand(shape).contiguous()
         return Block(1, self.length).expand(kept, shape)
-
-    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Kept values and a 4-byte index per kept vector."""
-        vectors = int((self.units(mask.float()) > 0).sum())
-        return int(mask.sum()) * itemsize + vectors * INDEX_BYTES
 
 
 @dataclass(frozen=True)
@@ -305,11 +307,6 @@ class Kernel(Pattern):
         """bool [O * I] as a mask [O, I, kh, kw]."""
         return kept.reshape(*shape[:2], 1, 1).expand(shape).contiguous()
 
-    def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Kept values and a 4-byte index per kept kernel."""
-        kernels = int(mask.flatten(2).any(2).sum())
-        return int(mask.sum()) * itemsize + kernels * INDEX_BYTES
-
 
 @dataclass(frozen=True)
 class Channels(Pattern):
@@ -324,10 +321,8 @@ class Channels(Pattern):
     floor: int = 1
 
     def __post_init__(self) -> None:
-        if self.multiple_of < 1 or self.floor < 1:
-            raise ValueError(
-                f"multiple_of and floor are at least 1, got {self.multiple_of} and {self.floor}"
-            )
+        check_whole(self.multiple_of, "multiple_of of Channels")
+        check_whole(self.floor, "floor of Channels")
 
     def __str__(self) -> str:
         return "channels" if self.multiple_of == 1 else f"channels, multiple of {self.multiple_of}"

@@ -57,7 +57,8 @@ class LayerPlan:
         weight: the weight to write, where the score updates kept weights; None otherwise.
         refusal: why the layer is left alone, or None.
         kept: share of weights kept.
-        dense_bytes, pruned_bytes: of the weight; pruned in the pattern's storage.
+        dense_bytes, pruned_bytes: of the weight; pruned as it is saved: packed where a format holds
+            the pattern, dense with its zeros otherwise.
         macs, pruned_macs: of one forward of the example inputs.
         energy_pj, pruned_energy_pj: of the same forward, relative (see pruning.cost).
         us, pruned_us: predicted microseconds of one forward, NaN without a latency table.
@@ -300,7 +301,15 @@ def plan(
     if latency is not None:
         entries = with_times(model, example_inputs, entries, pattern, latency)
     notes = [note for part in parts.values() for note in part.notes]
-    return Plan(entries, pattern, str(scorer), seed, energy, (*notes, *_notes(entries)), surgery)
+    return Plan(
+        entries,
+        pattern,
+        str(scorer),
+        seed,
+        energy,
+        (*notes, *report.storage_notes(pattern, entries)),
+        surgery,
+    )
 
 
 def contexts_of(
@@ -376,15 +385,6 @@ def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling, scor
         rest = "the amount drops none of its channels" if scored else NO_NORM
         return Part(refusal=channels.why_kept(coupling, name) or rest)
     return Part(kept_out=kept_out, kept_in=kept_in)
-
-
-def _notes(entries: Sequence[LayerPlan]) -> tuple[str, ...]:
-    larger = [e.name for e in entries if e.pruned_bytes > e.dense_bytes]
-    if not larger:
-        return ()
-    return (
-        f"Stored in this pattern these weights take more bytes than dense: {', '.join(larger)}",
-    )
 
 
 def _left_alone(layer: Layer) -> LayerPlan:

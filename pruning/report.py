@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from slimgemm.kernels.formats import PATTERNS
+from slimgemm.pruning.patterns import Channels, NofM, Pattern
 
 if TYPE_CHECKING:
     from slimgemm.pruning.plan import LayerPlan, Plan
@@ -26,6 +30,26 @@ def energy(pj: float) -> str:
         if pj >= size:
             return f"{pj / size:.3g} {unit}"
     return f"{pj:.3g} pJ"
+
+
+def packed_patterns() -> str:
+    """The keep:group patterns that formats and kernels hold packed."""
+    return ", ".join(f"{keep}:{group}" for keep, group in PATTERNS)
+
+
+def storage_notes(pattern: Pattern, entries: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """What a reader of the predicted bytes should know."""
+    if not isinstance(pattern, Channels) and not (isinstance(pattern, NofM) and pattern.packs):
+        return (
+            f"No format packs {pattern}: these weights keep their dense bytes, zeros included "
+            f"(packed are {packed_patterns()})",
+        )
+    larger = [entry.name for entry in entries if entry.pruned_bytes > entry.dense_bytes]
+    if not larger:
+        return ()
+    return (
+        f"Stored in this pattern these weights take more bytes than dense: {', '.join(larger)}",
+    )
 
 
 def _change(before: float, after: float, unit: str = "") -> str:

@@ -8,6 +8,7 @@ Everything found is logged, so that a killed search goes on and ends the same.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,8 +29,9 @@ from slimgemm.pruning.journal import Journal, run_key
 from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto
-from slimgemm.pruning.patterns import Channels, Pattern
+from slimgemm.pruning.patterns import Channels, NofM, Pattern, check_whole
 from slimgemm.pruning.profile import forward_times, layer_times, measure_latency
+from slimgemm.pruning.report import packed_patterns
 from slimgemm.pruning.scores import Magnitude, Score
 from slimgemm.pruning.search_report import Found, LayerRow
 from slimgemm.pruning.snapshot import Snapshot, load_snapshot, save_snapshot
@@ -54,7 +56,8 @@ class Search(Amount):
     As `plan(amount=Search(...))` it gives the allocation alone; the model is then as it was.
 
     Args:
-        evaluate: model -> metric.
+        evaluate: model -> metric, a finite number for the dense model. A candidate whose metric is
+            not finite loses, and the journal says so.
         max_latency_ms, max_macs, max_params, max_bytes, max_energy_mj: of one forward of the
             example inputs; any of them. Bytes are of the model as stored.
         max_drop: most that the metric may lose against dense, in its units.
@@ -63,7 +66,7 @@ class Search(Amount):
             moved_bytes, energy_mj or latency_ms.
         finetune: (model, steps) -> None, as FineTune(loader, loss); its random numbers are seeded.
         short, long: steps of fine-tuning for each candidate, and at the end.
-        patterns: what may be chosen: Channels() once, NofM patterns.
+        patterns: what may be chosen: Channels() once, NofM patterns that a format packs.
         higher_is_better: of the metric.
         score, calibration, ignore, seed, energy: as for `plan`; Magnitude(p=2) by default.
         latency: where layers are measured, for a latency; else a table in the cache folder. A
@@ -104,6 +107,14 @@ class Search(Amount):
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.energy not in ENERGY:
             raise ValueError(f"energy must be one of {', '.join(ENERGY)}, got {self.energy!r}")
+        for pattern in self.patterns:
+            if isinstance(pattern, NofM) and not pattern.packs:
+                raise ValueError(
+                    f"no format packs {pattern}, so it would save nothing; a search takes channels "
+                    f"and {packed_patterns()}"
+                )
+        check_whole(self.short, "short", least=0)
+        check_whole(self.long, "long", least=0)
         if (self.short or self.long) and self.finetune is None:
             raise ValueError("short and long are steps of finetune=, which is missing")
         _ = self.limits
@@ -130,7 +141,8 @@ class Search(Amount):
 
         Raises:
             Infeasible: a ValueError; the limits cannot be met, with the best that can.
-            ValueError: nothing can be pruned, or the folder is of another search.
+            ValueError: nothing can be pruned, the metric of the dense model is not finite, or the
+                folder is of another search.
         """
         if self.folder is not None:
             return self._run(model, example_inputs, Path(self.folder))
@@ -140,13 +152,16 @@ class Search(Amount):
     def _run(self, model: nn.Module, example_inputs: Inputs, folder: Path) -> Found:
         task = self._task(model, example_inputs, folder)
         space = task.dense_space
+        task.dense_value = self._logged(task, "dense", task.dense_metric)
         if self.needs_latency:
             self._measure(task, space)
         if self.joules is not None:
             self._calibrate(task, space)
-        task.dense_value = self._logged(task, "dense", lambda: task.value(model))
         _check_reachable(task, space)
-        return self._finish(task, space)
+        try:
+            return self._finish(task, space)
+        except Infeasible as error:
+            raise Infeasible(". ".join([str(error), *task.lost]), error.best) from None
 
     def _task(self, model: nn.Module, example_inputs: Inputs, folder: Path) -> Task:
         # repr leaves out what is no option: callables, data, the table, the folder.
@@ -223,7 +238,8 @@ class Search(Amount):
                 },
             )
             over = not task.limits.met(measured)
-            if not over and (task.limits.max_drop is None or drop <= task.limits.max_drop):
+            most = math.inf if task.limits.max_drop is None else task.limits.max_drop
+            if not over and drop <= most and math.isfinite(drop):
                 return self._found(task, space, done, measured, times)
             best = {"drop": drop, **measured.as_dict()}
             failed.add(chosen.allocation.key)
@@ -312,7 +328,7 @@ class Search(Amount):
             limits=task.limits,
             records=tuple(task.journal),
             layers=self._rows(task, space, done),
-            notes=tuple(task.notes),
+            notes=(*task.notes, *task.lost),
             groups={name: len(group.units) for name, group in space.groups.items()},
         )
 

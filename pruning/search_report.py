@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,7 +172,9 @@ def draw_front(found: Found, path: str | os.PathLike[str], cost: str) -> None:
     points = [
         (record["costs"][cost], sign * (found.dense_value - record["value"]))
         for record in found.records
-        if record.get("kind") in ("candidate", "step") and cost in record.get("costs", {})
+        if record.get("kind") in ("candidate", "step")
+        and cost in record.get("costs", {})
+        and math.isfinite(record["value"])
     ]
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -153,16 +154,53 @@ class Task:
         """Costs with the energy factor in."""
         return replace(costs, energy_mj=costs.energy_mj * self.energy_factor)
 
+    @property
+    def metric(self) -> str:
+        """What messages call the metric."""
+        return getattr(self.evaluate, "__name__", None) or str(self.evaluate)
+
     def value(self, model: nn.Module) -> float:
-        """The metric of a model; NaN counts as the worst."""
+        """The metric of a model.
+
+        Raises:
+            ValueError: it gave something that is no number.
+        """
         with evaluating(model), torch.no_grad():
-            return float(self.evaluate(model))
+            found = self.evaluate(model)
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"the metric {self.metric} gave a {type(found).__name__}, it must give one number"
+            ) from None
+
+    def dense_metric(self) -> float:
+        """The metric of the dense model.
+
+        Raises:
+            ValueError: it is not finite, so that nothing could be compared with it.
+        """
+        value = self.value(self.model)
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the metric {self.metric} of the dense model is {value}, which nothing can be "
+                "compared with; look for an empty test set, a division by zero, an overflow of "
+                "half precision or weights that were never trained"
+            )
+        return value
 
     def drop(self, value: float) -> float:
-        """How much worse than dense; infinite where the metric is NaN."""
+        """How much worse than dense; infinite where the metric is not finite."""
+        if not math.isfinite(value):
+            return math.inf
         worse = self.dense_value - value
-        worse = worse if self.higher_is_better else -worse
-        return float("inf") if worse != worse else worse
+        return worse if self.higher_is_better else -worse
+
+    @property
+    def lost(self) -> list[str]:
+        """A line on candidates that lost since their metric is not finite; none where none did."""
+        count = sum("lost" in record for record in self.journal)
+        return [f"{count} candidates lost: their {self.metric} is not finite"] * bool(count)
 
     def tuned(self, model: nn.Module, steps: int, tag: str) -> None:
         """Fine-tune in place; the same tag gives the same batches, whenever it runs."""
@@ -174,8 +212,9 @@ class Task:
     def candidate(self, key: str, make: Callable[[], nn.Module], about: dict) -> float:
         """The metric of a fine-tuned candidate, from the journal or found and logged."""
         if key not in self.journal:
-            model = make()
-            self.journal.add(key, {**about, "value": self.value(model)})
+            value = self.value(make())
+            lost = {} if math.isfinite(value) else {"lost": f"the metric {self.metric} is {value}"}
+            self.journal.add(key, {**about, "value": value, **lost})
         return float(self.journal[key]["value"])
 
     def words(self, space: Space, name: str) -> list[str]:

@@ -41,6 +41,18 @@ def test_refusals():
         Uniform().drops(layers(3))
 
 
+@pytest.mark.parametrize("share", ["0.5", True, None, float("nan"), 1, -0.1], ids=repr)
+@pytest.mark.parametrize("make", [Global, LAMP, ERK, lambda s: PerLayer({"a": s})])
+def test_shares_are_numbers_below_one(make, share):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\), got .*; it is the dropped share"):
+        make(share)
+
+
+def test_per_layer_takes_a_mapping():
+    with pytest.raises(ValueError, match=r"PerLayer needs a share for each layer as .* Uniform"):
+        PerLayer(0.5)
+
+
 def test_global_has_one_threshold():
     first = Units("a", torch.tensor([5.0, 1, 6, 2]), (4, 1), 4)
     second = Units("b", torch.tensor([0.5, 9, 8, 7]), (4, 1), 4)

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,25 +111,52 @@ def test_stored_bytes():
     half = NofM(2, 4)
     assert half.stored_bytes(half.mask(torch.rand(16, 64)), 2) == 16 * 64 * 2 * 9 // 16
     assert half.stored_bytes(half.mask(torch.rand(3, 5)), 2) == 3 * (4 * 2 + 1)
-    mask = torch.tensor([[True, False, True, True]])
-    assert Unstructured().stored_bytes(mask, 4) == 3 * 4 + 1
-    assert Block(1, 2).stored_bytes(mask, 4) == 3 * 4 + 2 * 4
-    assert Vector(2).stored_bytes(mask, 4) == 3 * 4 + 2 * 4
-    assert Kernel().stored_bytes(mask.reshape(1, 2, 1, 2), 4) == 3 * 4 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    "pattern", [NofM(3, 7), NofM(1, 2), Unstructured(), Block(1, 2), Vector(2)], ids=str
+)
+def test_what_no_format_packs_takes_its_dense_bytes(pattern, normal):
+    mask = pattern.mask(normal(6, 14).abs(), 20)
+    assert int(mask.sum()) < mask.numel()
+    assert pattern.stored_bytes(mask, 4) == 6 * 14 * 4
+
+
+@pytest.mark.parametrize("keep, group", PATTERNS)
+def test_patterns_of_the_format_pack(keep, group):
+    assert NofM(keep, group).packs and not NofM(keep, group + 1).packs
+    assert Kernel().stored_bytes(torch.ones(1, 2, 1, 2), 4) == 16
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="keep counts the weights that stay"):
         NofM(4, 4)
-    with pytest.raises(ValueError, match="at least one row and column"):
-        Block(0, 4)
-    with pytest.raises(ValueError, match="at least one weight"):
-        Vector(0)
-    with pytest.raises(ValueError, match="at least 1"):
-        Channels(multiple_of=0)
     assert "no 2-D kernels" in str(Kernel().refusal((4, 4)))
     assert "3 dimensions" in str(NofM().refusal((4, 4, 3)))
     assert NofM().refusal((4, 4)) is None
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, 0, -1, None, float("nan")], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: NofM(value, 4), "keep of NofM"),
+        (lambda value: NofM(1, value), "group of NofM"),
+        (lambda value: Block(value, 4), r"r of Block \(rows\)"),
+        (lambda value: Block(4, value), r"c of Block \(columns\)"),
+        (lambda value: Vector(value), "length of Vector"),
+        (lambda value: Channels(multiple_of=value), "multiple_of of Channels"),
+        (lambda value: Channels(floor=value), "floor of Channels"),
+    ],
+    ids=["keep", "group", "r", "c", "length", "multiple_of", "floor"],
+)
+def test_sizes_are_whole_numbers(make, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got "):
+        make(value)
+
+
+def test_whole_numbers_of_numpy_are_taken():
+    assert NofM(np.int64(2), np.int32(4)).packs and Channels(np.int64(8)).multiple_of == 8
 
 
 @pytest.mark.parametrize("width", [1, 4, 16, 17, 40])

@@ -72,6 +72,16 @@ def test_predicted_bytes_macs_and_energy(normal):
     assert entry.pruned_energy_pj == pytest.approx(2048 * 1.5 + 288 * 640 + activations)
 
 
+@pytest.mark.parametrize("pattern", [pruning.NofM(3, 7), pruning.Block(2, 2)], ids=str)
+def test_what_no_format_packs_is_predicted_at_its_dense_bytes(mlp, normal, pattern):
+    amount = None if pattern.share else pruning.Uniform(0.5)
+    plan = pruning.plan(mlp, normal(2, 16), pattern=pattern, amount=amount)
+    assert all(entry.pruned_bytes == entry.dense_bytes for entry in plan.pruned)
+    assert f"No format packs {pattern}: these weights keep their dense bytes" in str(plan)
+    assert "packed are 2:4, 1:4, 1:8, 2:8, 4:8" in str(plan)
+    assert "No format" not in str(pruning.plan(mlp, normal(2, 16), pattern=pruning.NofM(2, 4)))
+
+
 def test_a_second_plan_drops_what_is_dropped_first(mlp, normal):
     x = normal(2, 16)
     options = {"pattern": pruning.Unstructured(), "score": pruning.Random()}

@@ -204,7 +204,7 @@ def known_latency(space, table, **options):
             share = 1 if pattern == "dense" else 1 / 3
             rows[out, into] = Times(*[out * into / 10 * share] * 3)
     table.save()
-    return ModelLatency(table, {0: 0.0, 10**12: 0.0})
+    return ModelLatency(table)
 
 
 def timed(model):
@@ -282,7 +282,73 @@ def test_as_an_amount_it_gives_the_allocation(searching, blobs, dense_macs):
     assert kept and all(plan[name].kept_shape[0] == units for name, units in kept.items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_a_dense_metric_that_is_not_finite_is_refused(searching, blobs, tmp_path, value):
+    def f1_score(model):
+        return value
+
+    search = searching(evaluate=f1_score, max_macs=100, folder=tmp_path)
+    with pytest.raises(ValueError, match=f"metric f1_score of the dense model is {value}, .* look"):
+        search.run(blobs.model, blobs.example)
+    # Nothing of it is kept: with the metric repaired the same folder goes on.
+    assert "dense" not in (tmp_path / "candidates.jsonl").read_text()
+
+
+def test_a_metric_that_is_no_number_is_refused(searching, blobs):
+    def both(model):
+        return 1.0, 2.0
+
+    with pytest.raises(ValueError, match="metric both gave a tuple, it must give one number"):
+        searching(evaluate=both, max_macs=100).run(blobs.model, blobs.example)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("higher", [True, False], ids=["higher", "lower"])
+def test_a_candidate_whose_metric_is_not_finite_loses(
+    searching, blobs, dense_macs, method, higher, tmp_path
+):
+    if method == "pareto":
+        pytest.importorskip("optuna")
+    sign = 1 if higher else -1
+
+    def bad(model):
+        return model[0].weight.shape[0] in (4, 16, 24, 28)
+
+    def metric(model):  # what a wrong comparison would take for the best of all
+        return sign * (float("inf") if bad(model) else blobs.accuracy(model))
+
+    found = searching(
+        evaluate=metric, max_macs=0.8 * dense_macs, method=METHODS[method],
+        patterns=(Channels(multiple_of=4), NofM(2, 4)), higher_is_better=higher, folder=tmp_path,
+    ).run(blobs.model, blobs.example)  # fmt: skip
+    assert not bad(found.model) and found.measured.macs <= 0.8 * dense_macs
+    lost = [record for record in found.records if "lost" in record]
+    assert lost and all(record["lost"].startswith("the metric metric is ") for record in lost)
+    assert f"{len(lost)} candidates lost: their metric is not finite" in found.notes
+    found.draw(tmp_path / "front.png")
+
+
+def test_where_every_candidate_loses_it_says_so(searching, blobs, dense_macs):
+    def metric(model):
+        return float("nan") if count_macs(model, blobs.example).macs < dense_macs else 50.0
+
+    with pytest.raises(Infeasible, match=r"NetAdapt cannot meet .*candidates lost: their metric"):
+        searching(evaluate=metric, max_macs=0.8 * dense_macs).run(blobs.model, blobs.example)
+
+
+def test_patterns_that_no_format_packs_are_refused(searching, blobs):
+    with pytest.raises(ValueError, match=r"no format packs 3:7, .* channels and 2:4, 1:4, 1:8"):
+        searching(max_macs=1, patterns=(NofM(3, 7),))
+    amount = searching(max_macs=1)
+    with pytest.raises(ValueError, match="no format packs 1:2"):
+        pruning.plan(blobs.model, blobs.example, pattern=NofM(1, 2), amount=amount)
+
+
 def test_refusals(searching, blobs):
+    with pytest.raises(ValueError, match="short must be a whole number of at least 0, got -1"):
+        searching(max_macs=1, short=-1)
+    with pytest.raises(ValueError, match=r"long must be a whole number of at least 0, got 1\.5"):
+        searching(max_macs=1, long=1.5)
     with pytest.raises(ValueError, match="method must be one of netadapt, pareto, amc, got 'x'"):
         searching(max_macs=1, method="x")
     with pytest.raises(ValueError, match="a search needs a limit"):
