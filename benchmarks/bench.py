@@ -11,10 +11,11 @@ import torch
 
 from slimgemm.benchmarks import bench_channels, bench_conv, bench_pack_24, bench_spmm_24, machine
 from slimgemm.benchmarks.bench_spmm_24 import Product
-from slimgemm.benchmarks.harness import FAILED, SHORT, Case, Row, first_line, measure
+from slimgemm.benchmarks.harness import Case, first_line, measure
 from slimgemm.benchmarks.machine import Limits
 from slimgemm.benchmarks.peers import Peers
 from slimgemm.benchmarks.records import Recorder
+from slimgemm.benchmarks.rows import FAILED, SHORT, Row
 from slimgemm.benchmarks.shapes import CHANNEL_RUN, Linear, Shapes
 
 DTYPES = {name: dtype for dtype, name in SHORT.items()}

@@ -18,18 +18,7 @@ from torch import Tensor, nn
 
 from slimgemm import sparse_ops
 from slimgemm.benchmarks import machine
-from slimgemm.benchmarks.harness import (
-    FAILED,
-    MISSING,
-    REFUSED,
-    SHORT,
-    TIMED,
-    Missing,
-    columns,
-    first_line,
-    keep_output,
-    with_ratios,
-)
+from slimgemm.benchmarks.harness import Missing, first_line, keep_output
 from slimgemm.benchmarks.inputs import generator
 from slimgemm.benchmarks.model_check import (
     Args,
@@ -43,6 +32,15 @@ from slimgemm.benchmarks.model_check import (
 )
 from slimgemm.benchmarks.peers import Peers, compiled
 from slimgemm.benchmarks.records import Recorder
+from slimgemm.benchmarks.rows import (
+    FAILED,
+    MISSING,
+    REFUSED,
+    SHORT,
+    TIMED,
+    columns,
+    with_ratios,
+)
 from slimgemm.benchmarks.workloads import Scale, Workload, workloads
 from slimgemm.kernels.reference import output_error
 from slimgemm.kernels.timing import Call, Times, capture, cpu_clock, time_us

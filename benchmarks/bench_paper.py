@@ -174,7 +174,7 @@ def _predict(name: str, s: Settings, head: dict[str, str]) -> Path:
 
 
 def _reports(s: Settings) -> Iterator:
-    from slimgemm.benchmarks.harness import SHORT
+    from slimgemm.benchmarks.rows import SHORT
     from slimgemm.kernels.build import builds
     from slimgemm.kernels.build import run as build
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimgemm.benchmarks.harness import FAILED, REFUSED, TIMED
+from slimgemm.benchmarks.rows import FAILED, REFUSED, TIMED
 
 if TYPE_CHECKING:
     from rich.console import Console

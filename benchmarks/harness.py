@@ -2,16 +2,20 @@
 
 A Case is one op at one shape with everything that competes in it. `measure` makes several random
 input sets, checks every implementation on each of them against float64, and times those that
-passed, in turn, with a cold L2: eager (the host's share included) and as a captured CUDA graph.
+passed, in turn, with a cold L2: as it is called (eager) and as a captured CUDA graph. The host's
+share of an eager call hides behind the emptying of the L2 as far as that lasts; host_us_p50 is all
+of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +23,22 @@ import torch
 from torch import Tensor
 
 from slimgemm.benchmarks.machine import Limits
+from slimgemm.benchmarks.rows import (
+    FAILED,
+    MISSING,
+    REFUSED,
+    SHORT,
+    TIMED,
+    Row,
+    columns,
+    with_ratios,
+)
 from slimgemm.kernels.reference import allowed_error, output_error
 from slimgemm.kernels.timing import Call, Times, capture, cpu_clock, percentiles, time_us
 
-TIMED, REFUSED, MISSING, FAILED = "timed", "refused", "missing", "failed"
-SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Input sets: enough that together they are this many times the L2, but no more than MAX_SETS.
 SETS_PER_L2, MAX_SETS = 3, 16
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
 
 
 class Missing(Exception):
@@ -93,55 +106,6 @@ class Case:
         return ", ".join(f"{name} {size}" for name, size in self.sizes.items())
 
 
-@dataclass(frozen=True)
-class Row:
-    """One implementation of one case; the order of the fields is that of the columns.
-
-    Times are microseconds per call, percentiles over the rounds; None where not timed. host_us_p50
-    is what the host takes to queue one call, and peak_call_bytes what one call allocates at most,
-    its output included; both on a GPU only. Rates use the graph's median, or the eager one where
-    there is no graph (`rate_from` says which). dense_equivalent_tflops counts the products of the
-    dense op for everybody, so a sparse kernel may pass 100 % of compute_limit_percent; both limits
-    were measured in the same run.
-    """
-
-    op: str
-    layer: str
-    shape: str
-    dtype: str
-    implementation: str
-    status: str
-    reason: str = ""
-    error: float | None = None
-    allowed_error: float | None = None
-    input_sets: int | None = None
-    eager_us_p20: float | None = None
-    eager_us_p50: float | None = None
-    eager_us_p80: float | None = None
-    graph_us_p20: float | None = None
-    graph_us_p50: float | None = None
-    graph_us_p80: float | None = None
-    host_us_p50: float | None = None
-    peak_call_bytes: int | None = None
-    rate_from: str = ""
-    moved_bytes: int | None = None
-    tb_per_s: float | None = None
-    dense_equivalent_tflops: float | None = None
-    byte_limit_percent: float | None = None
-    compute_limit_percent: float | None = None
-    best_dense_over_this: float | None = None
-
-    @property
-    def us(self) -> float | None:
-        """The median that rates are made of."""
-        return self.eager_us_p50 if self.graph_us_p50 is None else self.graph_us_p50
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """What makes two rows of two runs the same measurement."""
-        return (self.op, self.layer, self.shape, self.dtype, self.implementation)
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error, or its class where it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -188,13 +152,36 @@ class _Entry:
         self.calls.clear()
 
 
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """New memory is full of NaN inside (integers: of their largest).
+
+    Else an output may lie where the result of the implementation before it was, and what a kernel
+    does not write would be right.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # it is then that torch fills what torch.empty gives
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def is_ours(name: str) -> bool:
+    """True for the name of an implementation of slimgemm."""
+    return name.startswith("slimgemm")
+
+
 def _try(entry: _Entry, given: Inputs, rule: Check) -> None:
     """Prepare and check one implementation on one input set."""
     one = entry.implementation
     try:
-        call = one.prepare(given)
+        # Torch's own kernels may be others in this mode.
+        with poisoned() if is_ours(one.name) else contextlib.nullcontext():
+            call = one.prepare(given)
+            out = call()
         check = functools.partial(one.check or rule, given)
-        error, allowed = check(one.read(call()))
+        error, allowed = check(one.read(out))
     except Missing as why:
         return entry.fail(MISSING, str(why))
     except Wrong as why:
@@ -216,8 +203,12 @@ def too_large(error: float, allowed: float) -> str:
     return f"error {error:.2e} > {allowed:.2e} allowed; not timed"
 
 
-def _check_all(case: Case, device: torch.device, sets: int) -> list[_Entry]:
+def check_all(case: Case, sets: int, skip: Mapping[str, str] = NOTHING) -> list[_Entry]:
+    """Prepare and check every implementation on `sets` input sets; `skip` as `measure` has it."""
     entries = [_Entry(one) for one in case.implementations]
+    for entry in entries:
+        if entry.implementation.name in skip:
+            entry.fail(FAILED, skip[entry.implementation.name])
     for seed in range(sets):
         given = case.inputs(seed)
         rule = tolerance(case, given)
@@ -228,7 +219,7 @@ def _check_all(case: Case, device: torch.device, sets: int) -> list[_Entry]:
     return entries
 
 
-def _graphable(entries: Sequence[_Entry], device: torch.device) -> dict[str, list[Call]]:
+def graphable(entries: Sequence[_Entry], device: torch.device) -> dict[str, list[Call]]:
     """The calls of those that a CUDA graph can hold and repeats rightly; the others say why not."""
     found = {}
     for entry in entries:
@@ -261,19 +252,21 @@ def measure(
     *,
     rounds: int = 30,
     sets: int | None = None,
+    skip: Mapping[str, str] = NOTHING,
 ) -> list[Row]:
     """One row for each implementation of `case`; only those that passed their check are timed.
 
     Args:
         limits: of this device, in this run.
         rounds: timed rounds; sets: input sets, by the size of the L2 unless given.
+        skip: implementation that must not run here -> why; it is a row that says so.
     """
     names = [one.name for one in case.implementations]
     if len(set(names)) != len(names):
         raise ValueError(f"implementations must have different names, got {', '.join(names)}")
     sets = sets or set_count(case, device)
     with torch.no_grad():
-        entries = _check_all(case, device, sets)
+        entries = check_all(case, sets, skip)
         passed = [entry for entry in entries if entry.status == TIMED]
         eager: dict[str, Times] = {}
         graph: dict[str, Times] = {}
@@ -281,7 +274,7 @@ def measure(
             calls: dict[str, Any] = {e.implementation.name: e.calls for e in passed}
             eager = time_us(calls, device, rounds=rounds, clock=cpu_clock())
         if passed and device.type == "cuda":
-            captured: dict[str, Any] = dict(_graphable(passed, device))
+            captured: dict[str, Any] = dict(graphable(passed, device))
             if captured:
                 graph = time_us(captured, device, graph=True, rounds=rounds)
         rows = [_row(case, entry, eager, graph, limits, sets) for entry in entries]
@@ -323,11 +316,6 @@ def _row(
     )
 
 
-def columns(kind: str, times: Times | None) -> dict[str, Any]:
-    """The three columns of `times`, for rows of eager or of graph times."""
-    return {f"{kind}_us_{key}": us for key, us in times._asdict().items()} if times else {}
-
-
 def host_us(call: Call, wait: Call, rounds: int = 20) -> float:
     """Median microseconds that the host takes for `call`; `wait` lets the device finish."""
     samples = []
@@ -352,29 +340,3 @@ def _with_host(row: Row, entry: _Entry, device: torch.device) -> Row:
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     return dataclasses.replace(row, host_us_p50=us, peak_call_bytes=peak)
-
-
-def is_dense(row: Row) -> bool:
-    """True for a row of a dense competitor: torch's own op on the unpacked operands."""
-    return row.implementation.startswith("torch dense")
-
-
-def with_ratios(rows: Sequence[Any], dense: Callable[[Any], bool] = is_dense) -> list[Any]:
-    """`rows` of one case with best_dense_over_this filled in: above 1, faster than every dense one.
-
-    Graph times are compared with graph times, eager with eager.
-
-    Args:
-        dense: which rows are those of dense competitors.
-    """
-
-    def ratio(row: Any) -> float | None:
-        column = f"{row.rate_from}_us_p50"
-        rivals = [getattr(r, column) for r in rows if dense(r) and r.status == TIMED]
-        best = min((us for us in rivals if us is not None), default=None)
-        return None if best is None else best / getattr(row, column)
-
-    return [
-        dataclasses.replace(row, best_dense_over_this=ratio(row)) if row.status == TIMED else row
-        for row in rows
-    ]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from slimgemm.benchmarks import machine
-from slimgemm.benchmarks.harness import TIMED, Row
+from slimgemm.benchmarks.rows import TIMED, Row
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_LINE = "# slimgemm bench"

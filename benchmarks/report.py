@@ -22,9 +22,9 @@ from slimgemm.benchmarks import records, report_plots
 from slimgemm.benchmarks.bench_model import ModelRow
 from slimgemm.benchmarks.bench_paper import BuildRow, Prediction
 from slimgemm.benchmarks.bench_tables import number
-from slimgemm.benchmarks.harness import TIMED, Row
 from slimgemm.benchmarks.micro import MicroRow
 from slimgemm.benchmarks.records import RESULTS, Record
+from slimgemm.benchmarks.rows import TIMED, Row
 
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m slimgemm.benchmarks.report -->", "<!-- end of measured -->"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from slimgemm.benchmarks.harness import TIMED, Row
 from slimgemm.benchmarks.records import Record
+from slimgemm.benchmarks.rows import TIMED, Row
 
 SIZE = (7.5, 4.5)  # inches
 DPI = 90

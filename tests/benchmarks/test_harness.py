@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from helpers import randn
 
 from slimgemm.benchmarks import harness
-from slimgemm.benchmarks.harness import Case, Implementation, Missing, Row, Wrong, measure
+from slimgemm.benchmarks.harness import Case, Implementation, Missing, Wrong, measure
 from slimgemm.benchmarks.machine import Limits
+from slimgemm.benchmarks.rows import Row
 from slimgemm.kernels.timing import Times
 
 CPU = torch.device("cpu")
@@ -268,3 +269,28 @@ def test_a_row_says_what_it_is_judged_by():
     row = Row("op", "layer", "m 1", "fp32", "torch dense", "timed", eager_us_p50=4.0)
     assert row.us == 4.0
     assert dataclasses.replace(row, graph_us_p50=3.0).us == 3.0
+
+
+def test_what_a_kernel_does_not_write_is_seen_though_a_right_result_lay_there():
+    torch.set_deterministic_debug_mode("default")  # as in a run; the tests' own fixture sets it back
+
+    def forgetful(given):
+        # As the kernel before it wrote the same bytes, memory that is used again may be right.
+        y = given[0].new_empty(M, N)
+        y[:-1] = dense(given)[:-1]
+        return y
+
+    for _ in range(3):
+        rows = rows_of(one("torch dense", dense)[0], one("slimgemm broken", forgetful)[0])
+        assert rows["slimgemm broken"].status == "refused"
+        assert "error nan" in rows["slimgemm broken"].reason
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_must_not_run_is_a_row_that_says_why_and_is_never_called():
+    hangs, calls = one("slimgemm hangs", dense)
+    right, _ = one("torch dense", dense)
+    why = {"slimgemm hangs": "no answer after 30 s"}
+    rows = measure(case(hangs, right), CPU, LIMITS, rounds=2, skip=why)
+    assert [(r.status, r.reason) for r in rows] == [("failed", why["slimgemm hangs"]), ("timed", "")]
+    assert not calls

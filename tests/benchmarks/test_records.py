@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from slimgemm.benchmarks import machine, records
-from slimgemm.benchmarks.harness import Row
 from slimgemm.benchmarks.records import Record, Recorder, regressions
+from slimgemm.benchmarks.rows import Row
 
 CPU = torch.device("cpu")
 HEAD = {"device": "AMD EPYC", "command": "slimgemm bench --op spmm_24"}

@@ -9,8 +9,8 @@ import pytest
 
 from slimgemm.benchmarks import records, report
 from slimgemm.benchmarks.bench_model import ModelRow
-from slimgemm.benchmarks.harness import Row
 from slimgemm.benchmarks.records import RESULTS, Record
+from slimgemm.benchmarks.rows import Row
 
 README = report.README.read_text(encoding="utf-8")
 GPU = {
