@@ -47,6 +47,14 @@ GEMM_CHANNELS_TILES = (
     Tile(64, 64, 64, 4, 4),
     Tile(128, 128, 32, 8),
 )
+# Where 16 does not divide the channels, or they are no runs, each element has its own address:
+# the steps above spill (312 to 1840 bytes on sm_80).
+GEMM_CHANNELS_RAGGED_TILES = (
+    Tile(16, 64, 64, 4, 4),
+    Tile(32, 64, 64, 8),
+    Tile(64, 64, 64, 8),
+    Tile(128, 64, 32, 8),
+)
 # An address for each element of a gathered tap: a tile of 128 x 64 spills (352 bytes in tf32).
 CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 32, 8))
 
@@ -110,18 +118,22 @@ def conv_wgrad_tile(columns: int, scalar: bool) -> Tile:
     return CONV_24_NARROW_WGRAD_TILE if narrow else CONV_24_WGRAD_TILE
 
 
-def channels_tile(
-    tiles: tuple[Tile, ...], rows: int, itemsize: int, scalar: bool, ragged: bool = False
-) -> Tile:
-    """The tile of gemm_channels and conv2d_channels, one of `tiles` where there are tensor cores.
+def channels_tile(tiles: tuple[Tile, ...], rows: int, itemsize: int, scalar: bool) -> Tile:
+    """The tile of conv2d_channels, one of `tiles` where there are tensor cores.
 
-    `ragged` where 16 does not divide the channels or they are no runs: each element of the output
-    then needs an address, and a tile of 128 columns spills, as does one of 4-byte operands.
+    With operands of 4 bytes, a tile of 128 columns spills.
     """
     if scalar:
         return tile_for(CHANNELS_SCALAR_TILES, rows)
     tile = tile_for(tiles, rows, itemsize)
-    return tile._replace(n=min(tile.n, 64)) if ragged or itemsize == 4 else tile
+    return tile._replace(n=min(tile.n, 64)) if itemsize == 4 else tile
+
+
+def gemm_channels_tile(rows: int, itemsize: int, scalar: bool, ragged: bool = False) -> Tile:
+    """The tile of gemm_channels; `ragged` where 16 does not divide the channels, or they are no
+    runs."""
+    tiles = GEMM_CHANNELS_RAGGED_TILES if ragged else GEMM_CHANNELS_TILES
+    return channels_tile(tiles, rows, itemsize, scalar)
 
 
 def split_count(programs: int, steps: int, multiprocessors: int, limit: int = 16) -> int:

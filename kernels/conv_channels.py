@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slimgemm.kernels.channel_layout import RAGGED, ChannelLayout
+from slimgemm.kernels.channel_layout import ChannelLayout
 from slimgemm.kernels.configs import (
     CONV_CHANNELS_TILES,
     Tile,
@@ -176,8 +176,7 @@ def _launch(
     pixels = batch * triton.cdiv(size[0], div[0]) * triton.cdiv(size[1], div[1])  # of a class
     precision = conv_precision(x.dtype)
     scalar = multiply_adds(x.dtype, precision)
-    ragged = RAGGED in (ins.run, outs.run) or n % 16 > 0 or k % 16 > 0
-    tile = tile or channels_tile(CONV_CHANNELS_TILES, pixels, x.itemsize, scalar, ragged)
+    tile = tile or channels_tile(CONV_CHANNELS_TILES, pixels, x.itemsize, scalar)
     taps = math.prod(
         triton.cdiv(t, constants[f"PERIOD_{axis}"]) for axis, t in zip("HW", kernel, strict=True)
     )

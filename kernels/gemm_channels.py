@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import RAGGED, ChannelLayout
-from slimgemm.kernels.configs import GEMM_CHANNELS_TILES, Tile, channels_tile, split_count
+from slimgemm.kernels.configs import Tile, gemm_channels_tile, split_count
 from slimgemm.kernels.device import (
     as_rows,
     check_operand,
@@ -169,7 +169,7 @@ def gemm_channels(
         in_index, out_index: kept channels, None for all; the index on the device of `x`.
         bias: [kept_out], dtype and device of `x`.
         act: none, relu, gelu, gelu_tanh, silu or relu2 (relu squared).
-        tile, split: tile and number of parts of K; from GEMM_CHANNELS_TILES unless given.
+        tile, split: tile and number of parts of K; from configs.gemm_channels_tile unless given.
     Returns:
         [..., out width], dtype of `x`, contiguous. Accumulated in fp32; tf32 only where
         torch.backends allows it.
@@ -191,7 +191,7 @@ def gemm_channels(
     precision = matmul_precision(x.dtype)
     ragged = RAGGED in (ins.run, outs.run) or n % 16 > 0 or k % 16 > 0
     scalar = multiply_adds(x.dtype, precision)
-    tile = tile or channels_tile(GEMM_CHANNELS_TILES, rows.count, x.itemsize, scalar, ragged)
+    tile = tile or gemm_channels_tile(rows.count, x.itemsize, scalar, ragged)
     programs = triton.cdiv(rows.count, tile.m) * triton.cdiv(n, tile.n)
     steps = triton.cdiv(k, tile.k)
     split = split or split_count(programs, steps, multiprocessors(x.device))

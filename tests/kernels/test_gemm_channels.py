@@ -12,7 +12,12 @@ from slimgemm.kernels.channel_layout import (
     ChannelLayout,
     channel_layout,
 )
-from slimgemm.kernels.configs import GEMM_CHANNELS_TILES, Tile, channels_tile
+from slimgemm.kernels.configs import (
+    GEMM_CHANNELS_RAGGED_TILES,
+    GEMM_CHANNELS_TILES,
+    Tile,
+    gemm_channels_tile,
+)
 from slimgemm.kernels.formats import ChannelIndex, channel_index
 from slimgemm.kernels.gemm_channels import gemm_channels
 from slimgemm.kernels.gemm_channels_wgrad import gemm_channels_wgrad
@@ -279,12 +284,12 @@ def test_runs_repeat_bit_for_bit_with_shipped_tiles(device):
 
 def test_tiles_by_rows_and_precision():
     def tile(rows, itemsize, scalar=False, ragged=False):
-        return channels_tile(GEMM_CHANNELS_TILES, rows, itemsize, scalar, ragged)
+        return gemm_channels_tile(rows, itemsize, scalar, ragged)
 
     last = GEMM_CHANNELS_TILES[-1]
     assert tile(16, 2) == tile(1, 2) == GEMM_CHANNELS_TILES[0] and tile(9999, 2) == last
-    assert tile(9999, 2, ragged=True) == last._replace(n=64)
-    assert tile(16, 2, ragged=True) == GEMM_CHANNELS_TILES[0]
+    assert tile(9999, 2, ragged=True) == GEMM_CHANNELS_RAGGED_TILES[-1]
+    assert tile(16, 2, ragged=True) == GEMM_CHANNELS_RAGGED_TILES[0]
     assert tile(9999, 4) == last._replace(n=64)
     assert tile(16, 4).k == GEMM_CHANNELS_TILES[0].k // 2
     assert tile(9999, 4, scalar=True) == Tile(64, 64, 16, 8)
