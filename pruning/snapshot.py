@@ -67,10 +67,12 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
         tensors |= {f"slice:{axis}:{name}": v for (name, axis), v in surgery.slices.items()}
         tensors |= {f"kept_in:{name}": v for name, v in surgery.kept_in.items()}
         tensors |= {f"kept_out:{name}": v for name, v in surgery.kept_out.items()}
-    about = {"allocation": snapshot.allocation.key, "value": json.dumps(snapshot.value)}
+    about = {"allocation": snapshot.allocation.key, "value": snapshot.value}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.part")
-    save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, beside, metadata=about)
+    # One key: safetensors writes several in an order that differs from run to run.
+    one = {"about": json.dumps(about)}
+    save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, beside, metadata=one)
     os.replace(beside, path)
 
 
@@ -84,10 +86,10 @@ def load_snapshot(path: Path, dense: nn.Module) -> Snapshot:
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["about"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         allocation = Allocation.from_dict(json.loads(about["allocation"]))
-        value = float(json.loads(about["value"]))
+        value = float(about["value"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder to begin anew") from error
 

@@ -65,14 +65,14 @@ class Store:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
+                about = json.loads((file.metadata() or {})["about"])
                 if about.get("key") != self.key:
                     raise ValueError(
                         f"{path} holds decisions of another plan (model, data or options differ); "
                         "give another folder, or empty this one"
                     )
                 names = set(file.keys())
-                notes = json.loads(about["notes"])
+                notes = about["notes"]
                 return {
                     layer.name: (
                         PackedMask(file.get_tensor(layer.name + MASK), tuple(layer.weight.shape)),
@@ -101,8 +101,9 @@ class Store:
                 tensors[name + WEIGHT] = weight.contiguous()
         about = {
             "key": self.key,
-            "notes": json.dumps({name: list(notes) for name, (_, _, notes) in parts.items()}),
+            "notes": {name: list(notes) for name, (_, _, notes) in parts.items()},
         }
         beside = self.path(place).with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, beside, metadata=about)
+        # One key: safetensors writes several in an order that differs from run to run.
+        save_file(tensors, beside, metadata={"about": json.dumps(about)})
         os.replace(beside, self.path(place))

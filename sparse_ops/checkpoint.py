@@ -45,6 +45,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
     """Write `model` to `folder`: model.safetensors and prune.json.
 
     Everything is written beside and renamed at the end, so a crash leaves no folder that loads.
+    Equal models give equal bytes, with the same versions of slimgemm and torch.
 
     Args:
         model: packed modules, shrunk layers and dense ones in any mix.
@@ -63,9 +64,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
         raise ValueError(f"{clash[0]} in the state dict has the name of a mask; rename it")
     swapped = swapped_entries(model)
     with _beside(target) as work:
-        save_file(
-            tensors | masks, work / TENSORS, metadata={"format": FORMAT, "version": str(VERSION)}
-        )
+        # One key: safetensors writes several in an order that differs from run to run.
+        save_file(tensors | masks, work / TENSORS, metadata={"format": FORMAT})
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,

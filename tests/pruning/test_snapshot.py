@@ -40,6 +40,12 @@ def test_two_cuts_are_one_and_survive_a_file(residual, twice, tmp_path):
     assert residual.a.weight.shape == (24, 16, 3, 3)
 
 
+def test_equal_snapshots_give_equal_bytes(twice, tmp_path):
+    for number in range(8):
+        save_snapshot(tmp_path / f"{number}.safetensors", twice[0])
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_one_cut_is_itself(twice):
     surgery = twice[0].surgery
     assert compose(None, surgery) is surgery and compose(surgery, None) is surgery

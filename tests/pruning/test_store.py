@@ -60,6 +60,15 @@ def test_the_same_bytes_after_a_kill(groups, mlp, normal, tmp_path, monkeypatch)
     assert_same(whole, pruning.plan(mlp, x, **request(mlp, normal, tmp_path)))
 
 
+def test_equal_plans_give_equal_files(mlp, normal, tmp_path):
+    found = set()
+    for number in range(6):
+        folder = tmp_path / str(number)
+        pruning.plan(mlp, normal(2, 16), **request(mlp, normal, folder, score=pruning.Wanda()))
+        found.add(tuple(path.read_bytes() for path in sorted(folder.iterdir())))
+    assert len(found) == 1
+
+
 def test_masks_without_new_weights_and_notes_come_back(mlp, normal, tmp_path):
     x = normal(64, 16)
     x[:, 3] = 0

@@ -172,8 +172,7 @@ def test_a_packed_fp16_layer_takes_nine_sixteenths_of_the_bytes(tmp_path):
 def test_the_file_holds_no_pickle(saved):
     raw = (saved[0] / "model.safetensors").read_bytes()
     assert json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"] == {
-        "format": "slimgemm",
-        "version": "1",
+        "format": "slimgemm"
     }
     assert not raw.startswith((b"PK", b"\x80"))
 
@@ -326,3 +325,42 @@ def test_a_model_instead_of_its_factory_is_refused(tmp_path):
     save(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m")
     with pytest.raises(ValueError, match="factory must be a function that makes the dense model"):
         load(nn.Sequential(nn.Linear(8, 8)), tmp_path / "m")
+
+
+# ---- the same model gives the same bytes
+
+SAVE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from checkpoint_cases import packed_net
+from slimgemm.sparse_ops import save
+save(packed_net(), sys.argv[2])
+"""
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_equal_models_give_equal_bytes(tmp_path):
+    model = packed_net()
+    for number in range(8):
+        save(model, tmp_path / str(number))
+    program = [sys.executable, "-c", SAVE, str(pathlib.Path(__file__).parents[1])]
+    subprocess.run([*program, str(tmp_path / "other")], check=True)
+    want = files_of(tmp_path / "0")
+    for folder in tmp_path.iterdir():
+        assert files_of(folder) == want, folder.name
+
+
+def test_a_checkpoint_with_two_keys_in_its_header_still_loads(tmp_path):
+    model = packed_net()
+    save(model, tmp_path / "out")
+    path = tmp_path / "out" / checkpoint.TENSORS
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {"format": "slimgemm", "version": "1"})
+    manifest = json.loads((tmp_path / "out" / checkpoint.MANIFEST).read_text())
+    manifest["tensors"]["sha256"] = checkpoint.file_digest(path)
+    manifest["sha256"] = checkpoint.manifest_digest(manifest)
+    (tmp_path / "out" / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert_same(load(Net, tmp_path / "out"), model)
