@@ -36,7 +36,7 @@ class PackedTile(MmaTile):
 MMA_PACKED_TILES = {
     8: PackedTile(mt=1, nt=1, warps_n=2, warps_m=1, warps_k=4, steps=8, stages=3, ahead=8),
     16: PackedTile(mt=1, nt=2, warps_n=2, warps_m=1, warps_k=4, steps=4, stages=3, ahead=6),
-    32: PackedTile(mt=1, nt=4, warps_n=4, warps_m=1, warps_k=2, steps=4, stages=3, ahead=4),
+    32: PackedTile(mt=1, nt=4, warps_n=4, warps_m=1, warps_k=2, steps=4, stages=3, ahead=6),
     64: PackedTile(mt=2, nt=4, warps_n=2, warps_m=2, warps_k=2, steps=4, stages=3, ahead=4),
     128: PackedTile(mt=2, nt=4, warps_n=4, warps_m=2, warps_k=1, steps=4, stages=3, ahead=2),
 }

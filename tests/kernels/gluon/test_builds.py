@@ -220,7 +220,8 @@ def epilogue_loads(kind, tile):
 
 
 def test_mma_packed_small_set(tmp_path):
-    names = ["mma_packed/sm_90/16", "mma_packed/sm_80/64", "mma_packed/masked/32"]
+    names = ["mma_packed/sm_90/16", "mma_packed/sm_90/32", "mma_packed/sm_80/64"]
+    names.append("mma_packed/masked/32")
     for name, row in build(names, tmp_path).items():
         check_mma_packed(name, row)
 
