@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from slimgemm.benchmarks import bench_channels, bench_conv, bench_pack_24, bench_spmm_24, machine
+from slimgemm.benchmarks import (
+    bench_channels,
+    bench_conv,
+    bench_pack_24,
+    bench_scaled,
+    bench_spmm_24,
+    machine,
+)
+from slimgemm.benchmarks.bench_scaled import EIGHT_BITS
 from slimgemm.benchmarks.bench_spmm_24 import Product
+from slimgemm.benchmarks.channel_layers import ConvLayer, GemmLayer
 from slimgemm.benchmarks.harness import Case, first_line, measure
 from slimgemm.benchmarks.machine import Limits
 from slimgemm.benchmarks.peers import Peers
 from slimgemm.benchmarks.records import Recorder
 from slimgemm.benchmarks.rows import FAILED, SHORT, Row
-from slimgemm.benchmarks.shapes import CHANNEL_RUN, Linear, Shapes
+from slimgemm.benchmarks.shapes import CHANNEL_RUN, Conv, Linear, Shapes
 
-DTYPES = {name: dtype for dtype, name in SHORT.items()}
+# What may be asked for; ops on 8 bits have their own.
+DTYPES = {SHORT[dtype]: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32)}
 # So small that a call is nothing but its overhead.
 OVERHEAD = Linear("overhead", 256, 256)
 
@@ -29,6 +39,7 @@ class Settings:
 
     Args:
         seconds: no case is begun after this long; None for no end.
+        skip: implementation that must not run -> why.
     """
 
     shapes: Shapes
@@ -38,18 +49,21 @@ class Settings:
     command: str
     peers: Peers = dataclasses.field(default_factory=Peers)
     seconds: float | None = None
+    skip: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 Cases = Iterator[Case]
 Maker = Callable[[Settings, torch.dtype], Cases]
 
 
-def _products(make: Callable[[Product], Case]) -> Maker:
+def _products(make: Callable[[Product], Case], training: bool = False) -> Maker:
     def cases(s: Settings, dtype: torch.dtype) -> Cases:
         # Tokens outside: a run that is cut off has every layer at the first token counts.
         for m in s.shapes.tokens:
             for linear in s.shapes.linears:
                 yield make(Product(linear.name, m, linear.n, linear.k, dtype, s.device, s.peers))
+        for name, m, k, n in s.shapes.training if training else ():
+            yield make(Product(name, m, n, k, dtype, s.device, s.peers))
 
     return cases
 
@@ -69,9 +83,8 @@ def _packing(make: Callable[[Linear, torch.dtype, torch.device], Case]) -> Maker
     return lambda s, dtype: (make(linear, dtype, s.device) for linear in s.shapes.linears)
 
 
-def _convolutions(s: Settings, dtype: torch.dtype) -> Cases:
-    for conv in s.shapes.convs:
-        yield bench_conv.conv2d_24(conv, dtype, s.device, s.peers)
+def _convolutions(make: Callable[[Conv, torch.dtype, torch.device, Peers], Case]) -> Maker:
+    return lambda s, dtype: (make(conv, dtype, s.device, s.peers) for conv in s.shapes.convs)
 
 
 def _runs_and_ratios(s: Settings) -> Iterator[tuple[int, float]]:
@@ -83,40 +96,69 @@ def _gemm_channels(s: Settings, dtype: torch.dtype) -> Cases:
     for linear in s.shapes.linears:
         for m in tokens:
             for run, ratio in _runs_and_ratios(s):
-                yield bench_channels.gemm_channels(linear, m, ratio, run, dtype, s.device, s.peers)
+                layer = GemmLayer(linear.name, ratio, run, dtype, s.device, linear, m)
+                yield bench_channels.forward(layer, s.peers)
 
 
-def _conv_channels(s: Settings, dtype: torch.dtype) -> Cases:
-    for conv in s.shapes.convs:
-        for run, ratio in _runs_and_ratios(s):
+def _gemm_gradient(make: Callable[[GemmLayer, Peers], Case]) -> Maker:
+    def cases(s: Settings, dtype: torch.dtype) -> Cases:
+        for name, m, k, n in s.shapes.training:
+            for run, ratio in _runs_and_ratios(s):
+                layer = GemmLayer(name, ratio, run, dtype, s.device, Linear(name, n, k), m)
+                yield make(layer, s.peers)
+
+    return cases
+
+
+def _conv_channels(make: Callable[[ConvLayer, Peers], Case]) -> Maker:
+    def cases(s: Settings, dtype: torch.dtype) -> Cases:
+        for conv in s.shapes.convs:
             # A depthwise layer loses its channels with the layer before it: no gather is needed.
             if conv.groups == 1:
-                yield bench_channels.conv2d_channels(conv, ratio, run, dtype, s.device, s.peers)
+                for run, ratio in _runs_and_ratios(s):
+                    yield make(ConvLayer(conv.name, ratio, run, dtype, s.device, conv), s.peers)
+
+    return cases
 
 
 def _overhead(s: Settings, dtype: torch.dtype) -> Cases:
     linear = OVERHEAD
     product = Product(linear.name, 1, linear.n, linear.k, dtype, s.device, s.peers)
-    for case in (
-        bench_spmm_24.forward(product),
-        bench_channels.gemm_channels(linear, 1, 0.5, 1, dtype, s.device, s.peers),
-    ):
+    channels = GemmLayer(linear.name, 0.5, 1, dtype, s.device, linear, 1)
+    for case in (bench_spmm_24.forward(product), bench_channels.forward(channels, s.peers)):
         yield dataclasses.replace(case, op="overhead", layer=case.op)
 
 
 # The most telling first.
 OPS: dict[str, Maker] = {
-    "spmm_24": _products(bench_spmm_24.forward),
+    "spmm_24": _products(bench_spmm_24.forward, training=True),
     "overhead": _overhead,
     "pack_24": _packing(bench_pack_24.pack),
     "prune_24": _packing(bench_pack_24.prune),
-    "conv2d_24": _convolutions,
+    "scaled_spmm_24": _products(bench_scaled.forward),
+    "conv2d_24": _convolutions(bench_conv.conv2d_24),
     "gemm_channels": _gemm_channels,
-    "conv2d_channels": _conv_channels,
+    "conv2d_channels": _conv_channels(bench_channels.forward),
     "spmm_24_dgrad": _training(bench_spmm_24.dgrad),
     "spmm_24_wgrad": _training(bench_spmm_24.wgrad),
+    "conv2d_24_dgrad": _convolutions(bench_conv.conv2d_24_dgrad),
+    "conv2d_24_wgrad": _convolutions(bench_conv.conv2d_24_wgrad),
+    "gemm_channels_dgrad": _gemm_gradient(bench_channels.dgrad),
+    "gemm_channels_wgrad": _gemm_gradient(bench_channels.wgrad),
+    "conv2d_channels_dgrad": _conv_channels(bench_channels.dgrad),
+    "conv2d_channels_wgrad": _conv_channels(bench_channels.wgrad),
     "spmm_24_epilogue": _products(bench_spmm_24.epilogue),
 }
+
+
+def dtypes_of(op: str, s: Settings) -> tuple[torch.dtype, ...]:
+    """The dtypes of the operands of `op`: those of the settings, or the two of 8 bits."""
+    return EIGHT_BITS if op == "scaled_spmm_24" else s.dtypes
+
+
+def cases_of(op: str, s: Settings) -> Cases:
+    """Every case of `op`."""
+    return (case for dtype in dtypes_of(op, s) for case in OPS[op](s, dtype))
 
 
 def check_ops(ops: Sequence[str]) -> list[str]:
@@ -128,11 +170,11 @@ def check_ops(ops: Sequence[str]) -> list[str]:
 
 
 def limits_of(s: Settings) -> dict[torch.dtype, Limits]:
-    """The limits of the device for each dtype."""
+    """The limits of the device for each dtype of the settings."""
     return {dtype: machine.measure_limits(s.device, dtype) for dtype in s.dtypes}
 
 
-def head_of(s: Settings, limits: dict[torch.dtype, Limits]) -> dict[str, str]:
+def head_of(s: Settings, limits: Mapping[torch.dtype, Limits]) -> dict[str, str]:
     """The head of the recorded files of this run."""
     head = machine.head(s.device, s.command)
     for dtype, limit in limits.items():
@@ -146,7 +188,7 @@ def _measured(case: Case, s: Settings, limit: Limits) -> list[Row]:
     try:
         # cudnn's own search, so that the dense convolution is at its best.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False):
-            return measure(case, s.device, limit, rounds=s.shapes.rounds)
+            return measure(case, s.device, limit, rounds=s.shapes.rounds, skip=s.skip)
     except (RuntimeError, MemoryError) as error:
         names = (case.op, case.layer, case.shape, SHORT[case.dtype])
         return [Row(*names, one.name, FAILED, first_line(error)) for one in case.implementations]
@@ -155,7 +197,7 @@ def _measured(case: Case, s: Settings, limit: Limits) -> list[Row]:
 def run(
     op: str,
     s: Settings,
-    limits: dict[torch.dtype, Limits],
+    limits: Mapping[torch.dtype, Limits],
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
     started: float | None = None,
 ) -> Recorder:
@@ -166,14 +208,18 @@ def run(
         started: when the clock of `s.seconds` began, of time.monotonic; now unless given.
     """
     started = time.monotonic() if started is None else started
-    recorder = Recorder(s.out, op, s.device, head_of(s, limits))
-    for dtype in s.dtypes:
-        for case in OPS[op](s, dtype):
-            if s.seconds is not None and time.monotonic() - started > s.seconds:
-                recorder.head["ended"] = f"after {s.seconds:g} s, before {case.layer} {case.shape}"
-                recorder.add([])
-                return recorder
-            rows = _measured(case, s, limits[dtype])
-            recorder.add(rows)
-            on_rows(rows)
+    dtypes = dtypes_of(op, s)
+    own = {
+        dtype: limits[dtype] if dtype in limits else machine.measure_limits(s.device, dtype)
+        for dtype in dtypes
+    }
+    recorder = Recorder(s.out, op, s.device, head_of(s, own))
+    for case in cases_of(op, s):
+        if s.seconds is not None and time.monotonic() - started > s.seconds:
+            recorder.head["ended"] = f"after {s.seconds:g} s, before {case.layer} {case.shape}"
+            recorder.add([])
+            return recorder
+        rows = _measured(case, s, own[case.dtype])
+        recorder.add(rows)
+        on_rows(rows)
     return recorder

@@ -40,6 +40,24 @@ def _hardware_order(name: str) -> Callable[[Tensor], Call]:
     return prepare
 
 
+def _order_of_packed(name: str) -> Callable[[Tensor], Call]:
+    """Packing to the order of mma_sp or wgmma_sp, from the packed weight."""
+
+    def prepare(w: Tensor) -> Call:
+        need_gpu(w, f"the order of {name}")
+        from slimgemm.kernels.gluon import pack
+
+        to_order = pack.pack_mma_sp if name == "mma_sp" else pack.pack_wgmma_sp
+        packed = kernels.pack_24(w)
+        try:
+            to_order(packed)
+        except ValueError as why:
+            raise Missing(str(why)) from None
+        return lambda: to_order(packed)
+
+    return prepare
+
+
 def _from_order(name: str) -> Callable[[Any], Tensor]:
     def read(weight: Any) -> Tensor:
         from slimgemm.kernels.gluon import orders
@@ -82,6 +100,7 @@ def _moved(linear: Linear, dtype: torch.dtype) -> tuple[int, int]:
 def pack(linear: Linear, dtype: torch.dtype, device: torch.device) -> Case:
     """A weight that already is 2:4 -> packed."""
     packing, copying = _moved(linear, dtype)
+    reordering = 2 * packing - copying  # the packed weight in and out
 
     def inputs(seed: int) -> Tensor:
         return random_24(linear.n, linear.k, dtype, generator(device, seed))
@@ -91,6 +110,15 @@ def pack(linear: Linear, dtype: torch.dtype, device: torch.device) -> Case:
         *(
             Implementation(
                 f"slimgemm {name} order", _hardware_order(name), packing, _from_order(name)
+            )
+            for name in ("mma_sp", "wgmma_sp")
+        ),
+        *(
+            Implementation(
+                f"slimgemm {name} order from packed",
+                _order_of_packed(name),
+                reordering,
+                _from_order(name),
             )
             for name in ("mma_sp", "wgmma_sp")
         ),

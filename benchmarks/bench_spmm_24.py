@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimgemm import kernels
+from slimgemm.benchmarks.by_name import Dispatched, Operands, named
 from slimgemm.benchmarks.harness import Case, Implementation, Missing
 from slimgemm.benchmarks.inputs import generator, normal, random_24
 from slimgemm.benchmarks.peers import Compiled, Cusparselt, Peers, cutlass_linear, need_gpu
-from slimgemm.kernels.dispatch import launcher
 from slimgemm.kernels.reference import allowed_error, gather_24_ref, output_error
 from slimgemm.kernels.timing import Call
 
@@ -94,37 +94,31 @@ class Product(NamedTuple):
         )
 
 
-def portable(g: Given) -> Call:
-    """The portable Triton kernel itself, whatever the dispatcher would take."""
-    need_gpu(g.w, "the portable Triton kernel")
-    packed, run = kernels.pack_24(g.w), launcher("spmm_24")
-    return lambda: run(g.x, packed)
+def operands(g: Given) -> Operands:
+    """The packed weight of an input set with its x."""
+    return Operands(g.x, kernels.pack_24(g.w), g.x.shape[0])
 
 
-# Sparse tensor core kernel -> its file and launcher, and the order of orders.py that it reads;
-# none where it reads the canonical format.
-SPARSE_TENSOR_CORES = {
-    "mma_sp": ("mma_sp.spmm_24_mma_sp", "to_mma_sp"),
-    "wgmma_sp": ("wgmma_sp.spmm_24_wgmma_sp", "to_wgmma_sp"),
-    "mma_packed": ("mma_packed.spmm_24_mma_packed", ""),
-    "wgmma_packed": ("wgmma_packed.spmm_24_wgmma_packed", ""),
+# Kernel whose weight lies in the order of the hardware -> its file and launcher, and the function
+# of orders.py that makes that order. They multiply what dispatch never keeps: a second copy.
+ORDERED = {
+    "mma_sp": ("mma_sp", "spmm_24_mma_sp", "to_mma_sp"),
+    "wgmma_sp": ("wgmma_sp", "spmm_24_wgmma_sp", "to_wgmma_sp"),
 }
 
 
-def sparse_tensor_core(name: str, g: Given) -> Call:
-    """A sparse tensor core kernel itself, whatever the dispatcher would take.
+def ordered(name: str, g: Given) -> Call:
+    """A sparse tensor core kernel on a weight in the order of the hardware.
 
     Raises:
         Missing: no GPU, or the launcher refuses this GPU, dtype or shape.
     """
     need_gpu(g.w, name)
-    place, order = SPARSE_TENSOR_CORES[name]
-    file, _, function = place.partition(".")
+    file, function, order = ORDERED[name]
     run = getattr(importlib.import_module(f"slimgemm.kernels.gluon.{file}"), function)
     orders = importlib.import_module("slimgemm.kernels.gluon.orders")
     try:
-        packed = kernels.pack_24(g.w)
-        weight = getattr(orders, order)(packed) if order else packed
+        weight = getattr(orders, order)(kernels.pack_24(g.w))
         run(g.x, weight)
     except ValueError as why:
         raise Missing(str(why)) from None
@@ -134,22 +128,20 @@ def sparse_tensor_core(name: str, g: Given) -> Call:
 def forward(p: Product) -> Case:
     """x @ w.T."""
     lt, fast = Cusparselt(), Compiled(F.linear, p.peers)
-
-    def ours(g: Given) -> Call:
-        packed = kernels.pack_24(g.w)
-        return lambda: kernels.spmm_24(g.x, packed)
-
+    ours = Dispatched(lambda *a: kernels.spmm_24(*a), operands)
     sparse, dense = p.packed_bytes, p.dense_bytes
     competitors = (
-        Implementation("slimgemm spmm_24", ours, sparse),
-        Implementation("slimgemm portable", portable, sparse),
+        Implementation("slimgemm spmm_24", ours, sparse, note=ours.note),
+        *named(operands, sparse),
         *(
-            Implementation(f"slimgemm {name}", functools.partial(sparse_tensor_core, name), sparse)
-            for name in SPARSE_TENSOR_CORES
+            Implementation(f"slimgemm {name} ordered", functools.partial(ordered, name), sparse)
+            for name in ORDERED
         ),
         Implementation("torch dense", lambda g: lambda: F.linear(g.x, g.w), dense),
         Implementation("torch dense compiled", lambda g: fast(g.x, g.w), dense),
-        Implementation("torch cusparselt", lambda g: lt(g.x, g.w), sparse, note=lt.note),
+        Implementation(
+            "torch cusparselt", lambda g: lt(g.x, g.w), sparse, lambda y: y[: p.m], note=lt.note
+        ),
         Implementation("torch cutlass", lambda g: cutlass_linear(g.x, g.w), sparse),
     )
     exact = lambda g: g.x.double() @ g.w.double().t()  # noqa: E731

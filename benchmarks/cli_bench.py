@@ -173,7 +173,7 @@ def _run_one(
 
     s = settings
     if op != MODELS:
-        total = sum(1 for dtype in s.dtypes for _ in job.OPS[op](s, dtype))
+        total = sum(1 for _ in job.cases_of(op, s))
         with steps.loop(op, total) as loop:
             return job.run(op, s, limits, lambda rows: loop.step(rows[0].shape), started)
     scale = SCALES.get(shapes, SCALES["full"])

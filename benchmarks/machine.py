@@ -33,7 +33,8 @@ STATE = {
     "power.draw": "power_w",
     "temperature.gpu": "temperature_c",
 }
-# Of the copy and the product that measure the limits of a GPU; a CPU gets 1/16 and 1/8 of them.
+# Of the copy and the product that measure the limits of a GPU; a CPU gets 1/16 and 1/8 of them,
+# and 1/64 of the rows in 8 bits, which it has no instructions for.
 COPY_BYTES = 2**30
 PRODUCT = 8192  # rows and columns
 SAMPLE_MS = 50  # between readings of the power
@@ -166,6 +167,18 @@ class Limits(NamedTuple):
     tflops: float  # of a large dense product
 
 
+def product_of(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """left @ right.T by torch's dense product for their dtype."""
+    if left.dtype == torch.int8:
+        return lambda: torch._int_mm(left, right.t())
+    if left.dtype == torch.float8_e4m3fn:
+        one = torch.ones((), device=left.device)
+        return lambda: torch._scaled_mm(
+            left, right.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    return lambda: left @ right.t()
+
+
 def measure_limits(
     device: torch.device, dtype: torch.dtype, copy_bytes: int = 0, side: int = 0
 ) -> Limits:
@@ -176,11 +189,11 @@ def measure_limits(
     """
     gpu = device.type == "cuda"
     size = copy_bytes or (COPY_BYTES if gpu else COPY_BYTES // 16)
-    side = side or (PRODUCT if gpu else PRODUCT // 8)
+    side = side or (PRODUCT if gpu else PRODUCT // (64 if dtype.itemsize == 1 else 8))
     source = torch.randint(-128, 128, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    calls = {"copy": lambda: target.copy_(source), "product": lambda: left @ right}
+    calls = {"copy": lambda: target.copy_(source), "product": product_of(left, right)}
     us = time_us(calls, device, graph=gpu, rounds=10, clock=cpu_clock())
     return Limits(2 * size / us["copy"].p50 / 1e6, 2 * side**3 / us["product"].p50 / 1e6)
 

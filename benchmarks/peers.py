@@ -17,10 +17,14 @@ from slimgemm.benchmarks.machine import capability
 from slimgemm.kernels.reference import output_error
 from slimgemm.kernels.timing import Call, Times, time_us
 
-Timer = Callable[[Mapping[str, Call]], Mapping[str, Times]]
-# Algorithms to try where torch does not know how many this cuSPARSELt has.
-ALGORITHMS = 64
-SEARCH_ROUNDS = 7
+# (calls, rounds) -> times
+Timer = Callable[[Mapping[str, Call], int], Mapping[str, Times]]
+# Algorithms to try where torch does not know how many this cuSPARSELt has; those that it has not
+# raise.
+ALGORITHMS = 128
+# All algorithms are timed in so many rounds, then the FINALISTS among them again, in turn.
+FIRST_ROUNDS, FINALISTS, LAST_ROUNDS = 2, 6, 9
+DENSE_ROWS = 8  # torch copies an x of other rows into one of whole multiples, at every call
 
 
 class Peers(NamedTuple):
@@ -75,47 +79,90 @@ def algorithms() -> range:
     return range(ALGORITHMS if known is None else known + 1)
 
 
+def search_timer(device: torch.device) -> Timer:
+    """Times calls as CUDA graphs: eager, the host's share would hide which of them is faster."""
+
+    def timer(calls: Mapping[str, Call], rounds: int) -> Mapping[str, Times]:
+        try:
+            return time_us(calls, device, graph=True, rounds=rounds, warmup=1)
+        except RuntimeError:  # not to be captured
+            return time_us(calls, device, rounds=rounds, warmup=1)
+
+    return timer
+
+
 def fastest(calls: Iterable[tuple[int, Call]], timer: Timer) -> tuple[int, int]:
     """(id of the fastest call, number that ran); a call that raises does not take part.
 
     Raises:
         Missing: none ran; with the error of the last one.
     """
+    first: dict[str, float] = {}
     running: dict[str, Call] = {}
     last = "there is no algorithm"
-    for name, call in calls:
+    for number, call in calls:
+        name = str(number)
         try:
             call()
-            running[str(name)] = call
+            # One at a time: a graph of each at once would take the memory of all their outputs.
+            first[name] = timer({name: call}, FIRST_ROUNDS)[name].p50
+            running[name] = call
         except RuntimeError as error:
             last = (str(error).splitlines() or ["RuntimeError"])[0]
     if not running:
         raise Missing(f"no algorithm of cuSPARSELt ran: {last}")
-    times = timer(running)
-    return int(min(running, key=lambda name: times[name].p50)), len(running)
+    best = sorted(running, key=lambda name: first[name])[:FINALISTS]
+    times = timer({name: running[name] for name in best}, LAST_ROUNDS)
+    return int(min(best, key=lambda name: times[name].p50)), len(running)
 
 
-class Cusparselt:
-    """F.linear with a cuSPARSELt weight, on the algorithm that is fastest at this shape."""
+def padded_rows(x: Tensor, multiple: int) -> Tensor:
+    """`x` [m, k] with rows of zeros up to a multiple; itself where it has one."""
+    missing = -x.shape[0] % multiple
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+class Search:
+    """The fastest algorithm of cuSPARSELt at one shape, sought once per case.
+
+    Args:
+        timer: of `fastest`; CUDA graphs unless given.
+    """
 
     def __init__(self, timer: Timer | None = None) -> None:
         self.timer = timer
         self.best: int | None = None
         self.tried = 0
 
-    def __call__(self, x: Tensor, w: Tensor) -> Call:
-        need_gpu(w, "cuSPARSELt")
-        if not torch.backends.cusparselt.is_available():
-            raise Missing("this torch has no cuSPARSELt")
+    def algorithm(self, call: Callable[[int], Call], device: torch.device) -> int:
+        """The id of the fastest of call(id)."""
         if self.best is None:
-            packed = _cusparselt(w, 0)
-            timer = self.timer or (lambda calls: time_us(calls, w.device, rounds=SEARCH_ROUNDS))
-            self.best, self.tried = fastest(self._calls(x, packed), timer)
-        weight = _cusparselt(w, self.best)
-        return lambda: F.linear(x, weight)
+            calls = ((alg_id, call(alg_id)) for alg_id in algorithms())
+            self.best, self.tried = fastest(calls, self.timer or search_timer(device))
+        return self.best
 
-    @staticmethod
-    def _calls(x: Tensor, packed: Any) -> Iterable[tuple[int, Call]]:
+    def note(self) -> str:
+        """Which algorithm was taken."""
+        return "" if self.best is None else f"alg_id {self.best}, fastest of {self.tried}"
+
+
+def need_cusparselt(w: Tensor) -> None:
+    """Raise Missing unless torch has cuSPARSELt and `w` is on a GPU."""
+    need_gpu(w, "cuSPARSELt")
+    if not torch.backends.cusparselt.is_available():
+        raise Missing("this torch has no cuSPARSELt")
+
+
+class Cusparselt(Search):
+    """F.linear with a cuSPARSELt weight, on the algorithm that is fastest at this shape.
+
+    x has rows of zeros up to a multiple of DENSE_ROWS before it is timed, and so has the result.
+    """
+
+    def __call__(self, x: Tensor, w: Tensor) -> Call:
+        need_cusparselt(w)
+        x, packed = padded_rows(x, DENSE_ROWS), _cusparselt(w, 0)
+
         def call(alg_id: int) -> Call:
             def run() -> Tensor:
                 packed.alg_id_cusparselt = alg_id
@@ -123,11 +170,8 @@ class Cusparselt:
 
             return run
 
-        return ((alg_id, call(alg_id)) for alg_id in algorithms())
-
-    def note(self) -> str:
-        """Which algorithm was taken."""
-        return "" if self.best is None else f"alg_id {self.best}, fastest of {self.tried}"
+        packed.alg_id_cusparselt = self.algorithm(call, w.device)
+        return lambda: F.linear(x, packed)
 
 
 def check_cutlass(w: Tensor) -> None:

@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from slimgemm import kernels
-from slimgemm.benchmarks import bench, inputs, records
+from slimgemm.benchmarks import bench, bench_scaled, inputs, records
 from slimgemm.benchmarks.bench import Settings
 from slimgemm.benchmarks.machine import Limits
 from slimgemm.benchmarks.peers import Peers
 from slimgemm.benchmarks.shapes import LINEARS, SETS, SPARSE_TENSOR_CORES, shapes
+from slimgemm.kernels import dispatch
+from slimgemm.kernels.quantize_24 import scaled_spmm_24_ref
 
 CPU = torch.device("cpu")
-LIMITS = {torch.float32: Limits(0.01, 0.05), torch.bfloat16: Limits(0.01, 0.05)}
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
+LIMITS = dict.fromkeys(DTYPES, Limits(0.01, 0.05))
+EIGHT = {"e4m3", "int8"}
+NO_TWIN = {"scaled_spmm_24"}  # on a CPU it has no implementation of ours to call
 
 
 def settings(tmp_path, **changes):
@@ -32,11 +37,12 @@ def test_every_op_is_checked_timed_and_recorded(op, tmp_path):
     timed = [row for row in read.rows if row.status == "timed"]
     # Nothing of ours may be refused or fail, and a dense competitor is always there.
     assert {row.status for row in read.rows} == {"timed", "missing"}
-    assert any(row.implementation.startswith("slimgemm") for row in timed)
+    assert op in NO_TWIN or any(row.implementation.startswith("slimgemm") for row in timed)
     assert any(row.implementation.startswith("torch dense") for row in timed)
     assert all(row.eager_us_p50 > 0 and row.best_dense_over_this for row in timed)
     assert all(row.reason for row in read.rows if row.status == "missing")
-    assert read.head["limit_copy_tb_per_s_fp32"] == "0.01"
+    dtypes = {row.dtype for row in read.rows}
+    assert all(read.head[f"limit_copy_tb_per_s_{dtype}"] == "0.01" for dtype in dtypes)
     assert read.head["command"] == "slimgemm bench"
 
 
@@ -46,31 +52,40 @@ def test_every_op_in_bf16(op, tmp_path):
     small = one._replace(tokens=(3,), linears=one.linears[:1], convs=one.convs[:1])
     recorder = bench.run(op, settings(tmp_path, shapes=small, dtypes=(torch.bfloat16,)), LIMITS)
     assert {row.status for row in recorder.rows} == {"timed", "missing"}
-    assert {row.dtype for row in recorder.rows} == {"bf16"}
+    assert {row.dtype for row in recorder.rows} == ({"bf16"} if op not in NO_TWIN else EIGHT)
 
 
 # op of a case -> the kernel that its result comes from
-PLANTED = {
-    "spmm_24": "spmm_24",
-    "spmm_24_dgrad": "spmm_24_dgrad",
-    "spmm_24_wgrad": "spmm_24_wgrad",
-    "conv2d_24": "conv2d_24",
-    "gemm_channels": "gemm_channels",
-    "conv2d_channels": "conv2d_channels",
-    "spmm_24_epilogue": "spmm_24",
-}
+PLANTED = {op: op for op in bench.OPS if op not in ("overhead", "pack_24", "prune_24", *NO_TWIN)}
+PLANTED |= {"spmm_24_epilogue": "spmm_24", "gemm_channels_dgrad": "gemm_channels"}
 
 
 @pytest.mark.parametrize("op", PLANTED)
 def test_a_kernel_that_is_wrong_by_one_per_cent_is_refused_a_timing(op, tmp_path, monkeypatch):
-    right = getattr(kernels, PLANTED[op])
-    monkeypatch.setattr(kernels, PLANTED[op], lambda *a, **k: right(*a, **k) * 1.01)
+    right = dispatch.twin(PLANTED[op])
+    wrong = {PLANTED[op]: lambda *a, **k: right(*a, **k) * 1.01}
+    monkeypatch.setattr(dispatch, "twin", lambda op, twin=dispatch.twin: wrong.get(op) or twin(op))
     rows = bench.run(op, settings(tmp_path), LIMITS).rows
     ours = [r for r in rows if r.implementation.startswith("slimgemm") and r.status != "missing"]
     assert ours and {row.status for row in ours} == {"refused"}
     assert all(row.eager_us_p50 is None for row in ours)
     rivals = [row for row in rows if row.implementation.startswith("torch dense")]
     assert any(row.status == "timed" for row in rivals)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "e4m3"])
+@pytest.mark.parametrize(("factor", "status"), [(1.0, "timed"), (1.01, "refused")])
+def test_a_scaled_kernel_is_timed_if_it_is_right_and_refused_if_not(
+    dtype, factor, status, tmp_path, monkeypatch
+):
+    def ordered(name, g):
+        operands = g.x, g.packed, g.scale_x, g.scale_w
+        return lambda: scaled_spmm_24_ref(*operands, out_dtype=torch.float32) * factor
+
+    monkeypatch.setattr(bench_scaled, "ordered", ordered)
+    rows = bench.run("scaled_spmm_24", settings(tmp_path), LIMITS).rows
+    ours = [r for r in rows if r.implementation.startswith("slimgemm") and r.dtype == dtype]
+    assert ours and {row.status for row in ours} == {status}
 
 
 @pytest.mark.parametrize("op", ["pack_24", "prune_24"])
@@ -154,7 +169,7 @@ def test_the_shapes_are_those_that_were_promised():
 @pytest.mark.parametrize("op", bench.OPS)
 def test_every_op_on_a_gpu(op, tmp_path):
     gpu = torch.device("cuda", torch.cuda.current_device())
-    limits = {torch.bfloat16: Limits(1.0, 100.0)}
+    limits = dict.fromkeys(DTYPES, Limits(1.0, 100.0))
     rows = bench.run(op, settings(tmp_path, device=gpu, dtypes=(torch.bfloat16,)), limits).rows
     ours = [row for row in rows if row.implementation.startswith("slimgemm")]
     assert {row.status for row in ours} <= {"timed", "missing"}, [r.reason for r in ours]

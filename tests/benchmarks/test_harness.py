@@ -272,7 +272,7 @@ def test_a_row_says_what_it_is_judged_by():
 
 
 def test_what_a_kernel_does_not_write_is_seen_though_a_right_result_lay_there():
-    torch.set_deterministic_debug_mode("default")  # as in a run; the tests' own fixture sets it back
+    torch.set_deterministic_debug_mode("default")  # as in a run; a fixture sets it back
 
     def forgetful(given):
         # As the kernel before it wrote the same bytes, memory that is used again may be right.
@@ -292,5 +292,6 @@ def test_what_must_not_run_is_a_row_that_says_why_and_is_never_called():
     right, _ = one("torch dense", dense)
     why = {"slimgemm hangs": "no answer after 30 s"}
     rows = measure(case(hangs, right), CPU, LIMITS, rounds=2, skip=why)
-    assert [(r.status, r.reason) for r in rows] == [("failed", why["slimgemm hangs"]), ("timed", "")]
+    assert [row.status for row in rows] == ["failed", "timed"]
+    assert rows[0].reason == "no answer after 30 s"
     assert not calls

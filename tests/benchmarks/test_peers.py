@@ -78,7 +78,7 @@ def test_what_torch_does_not_prune(monkeypatch, w, text):
 
 def slow_but(best):
     """A timer by which the call named `best` is the fastest."""
-    return lambda calls: {n: Times(*[1.0 if n == str(best) else 2.0] * 3) for n in calls}
+    return lambda calls, rounds: {n: Times(*[1.0 if n == str(best) else 2.0] * 3) for n in calls}
 
 
 def test_the_fastest_algorithm_that_runs_is_taken():
@@ -91,6 +91,36 @@ def test_the_fastest_algorithm_that_runs_is_taken():
         peers.fastest([(1, broken)], slow_but(1))
 
 
+def test_algorithms_are_timed_one_by_one_and_the_best_again_in_turn():
+    asked = []
+    first = {str(n): 100.0 - n for n in range(10)}  # the last ones look best ...
+    last = {**first, "5": 1.0}  # ... but of the finalists, this one is
+
+    def timer(calls, rounds):
+        asked.append((sorted(calls), rounds))
+        us = first if len(calls) == 1 else last
+        return {name: Times(us[name], us[name], us[name]) for name in calls}
+
+    assert peers.fastest([(n, lambda: 0) for n in range(10)], timer) == (5, 10)
+    assert asked[:10] == [([str(n)], peers.FIRST_ROUNDS) for n in range(10)]
+    assert asked[10:] == [(["4", "5", "6", "7", "8", "9"], peers.LAST_ROUNDS)]
+
+
+def test_algorithms_are_timed_as_graphs_and_eager_only_where_there_is_none(monkeypatch):
+    asked = []
+
+    def time_us(calls, device, *, graph=False, rounds, warmup):
+        asked.append(graph)
+        if graph and "stubborn" in calls:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return dict.fromkeys(calls, Times(1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(peers, "time_us", time_us)
+    timer = peers.search_timer(torch.device("cuda"))
+    assert timer({"0": print}, 2) and asked == [True]
+    assert timer({"stubborn": print}, 2) and asked == [True, True, False]
+
+
 def test_cusparselt_searches_once_and_says_what_it_took(monkeypatch):
     on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
@@ -98,14 +128,19 @@ def test_cusparselt_searches_once_and_says_what_it_took(monkeypatch):
     packed = []
 
     def pack(w, alg_id):
-        packed.append(alg_id)
-        return w.clone()
+        packed.append(w.clone())
+        return packed[-1]
 
     monkeypatch.setattr(peers, "_cusparselt", pack)
     lt = Cusparselt(slow_but(3))
-    assert torch.equal(lt(X, W)(), torch.nn.functional.linear(X, W))
-    lt(X, W)
-    assert packed == [0, 3, 3]  # one for the search, one for each input set
+    x = X[:3]
+    got = lt(x, W)()
+    # Rows of zeros up to what cuSPARSELt multiplies without a copy.
+    assert got.shape == (8, 128)
+    assert torch.allclose(got[:3], torch.nn.functional.linear(x, W), atol=1e-5)
+    lt.timer = None  # a second search would fail without a GPU
+    lt(x, W)
+    assert [weight.alg_id_cusparselt for weight in packed] == [3, 3]  # one for each input set
     assert lt.note() == "alg_id 3, fastest of 5"
 
 
