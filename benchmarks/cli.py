@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -24,8 +25,21 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    """Say which versions run, and leave."""
+    if wanted:
+        found = [f"{name} {metadata.version(name)}" for name in ("slimgemm", "torch")]
+        typer.echo(", ".join(found))
+        raise typer.Exit()
+
+
 @app.callback()
-def commands() -> None:
+def commands(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print it and leave."),
+    ] = False,
+) -> None:
     """Prune PyTorch models, pack them into 2:4 and channel formats, run them, prove them."""
 
 
@@ -88,11 +102,15 @@ def demo(
 
 @app.command()
 def kernels(
-    op: Annotated[str | None, typer.Option(help="One op, for example spmm_24.")] = None,
+    op: Annotated[
+        str | None, typer.Option(help="One op, for example spmm_24. Default: all.")
+    ] = None,
     arch: Annotated[
         list[str] | None, typer.Option(help="sm_80, gfx942, ...; may be repeated. Default: all.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp16, bf16, fp32, tf32, fp8 or int8. Default: all.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the reports.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Compilers that run side by side.")] = 2,
 ) -> None:

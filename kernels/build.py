@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgemm.kernels.build_compile import PARKED_BYTES, Build, Report, builds, compile_build
+from slimgemm.kernels.build_kernels import DTYPES, OPS
 from slimgemm.kernels.configs import SMEM_BYTES
 
 __all__ = ["Build", "Report", "builds", "compile_build", "kernels_command", "run"]
@@ -157,6 +158,16 @@ def table(reports: Iterable[Report]) -> Any:
     return made
 
 
+def _nothing_built(op: str | None, archs: Sequence[str], dtype: str | None) -> str:
+    """What to say of an op, architectures and a dtype that are never built together."""
+    asked = ", ".join(part for part in (op, dtype, *archs) if part)
+    if op is None:
+        return f"nothing is built for {asked} together; leave one of them out"
+    known = OPS[op]
+    where = ", ".join(known.archs) or "every architecture"
+    return f"nothing is built for {asked} together; {op} has {', '.join(known.dtypes)} for {where}"
+
+
 def kernels_command(
     op: str | None = None,
     arch: Sequence[str] | None = None,
@@ -172,7 +183,8 @@ def kernels_command(
     Returns:
         0 if every build is sound, else 1.
     Raises:
-        ValueError: an op, architecture or dtype that is not known, or fewer than one job.
+        ValueError: an op, architecture or dtype that is not known, ones that are never built
+            together, fewer than one job, or a folder as `out`.
     """
     import triton
     from rich.console import Console
@@ -181,6 +193,10 @@ def kernels_command(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     wanted = list(builds([op] if op else None, arch or None, [dtype] if dtype else None))
+    if not wanted:
+        raise ValueError(_nothing_built(op, arch or (), dtype))
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out must be a JSON file, {out} is a folder")
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -210,6 +226,7 @@ def kernels_command(
         )
     if out is not None:
         rows = {"triton": triton.__version__, "reports": [asdict(report) for report in reports]}
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(json.dumps(rows, indent=1) + "\n")
     return int(unsound > 0)
 
@@ -219,7 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m slimgemm.kernels.build", description=__doc__)
     parser.add_argument("--op", help="one op; all unless given")
     parser.add_argument("--arch", action="append", help="an architecture; may be repeated")
-    parser.add_argument("--dtype", help="fp16, bf16, fp32 or tf32; all unless given")
+    parser.add_argument("--dtype", help=f"{', '.join(DTYPES)}; all unless given")
     parser.add_argument("--out", type=Path, help="write the reports as JSON")
     parser.add_argument("--jobs", type=int, default=2, help="compiler processes")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -227,7 +244,10 @@ def main() -> int:
     if args.worker:
         _worker()
         return 0
-    return kernels_command(args.op, args.arch, args.dtype, args.out, args.jobs)
+    try:
+        return kernels_command(args.op, args.arch, args.dtype, args.out, args.jobs)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
