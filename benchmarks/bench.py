@@ -39,7 +39,7 @@ class Settings:
 
     Args:
         seconds: no case is begun after this long; None for no end.
-        skip: implementation that must not run -> why.
+        skip: op -> implementation that must not run -> why.
     """
 
     shapes: Shapes
@@ -49,7 +49,7 @@ class Settings:
     command: str
     peers: Peers = dataclasses.field(default_factory=Peers)
     seconds: float | None = None
-    skip: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    skip: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
 
 Cases = Iterator[Case]
@@ -183,15 +183,26 @@ def head_of(s: Settings, limits: Mapping[torch.dtype, Limits]) -> dict[str, str]
     return head
 
 
-def _measured(case: Case, s: Settings, limit: Limits) -> list[Row]:
+def _measured(op: str, case: Case, s: Settings, limit: Limits) -> list[Row]:
     """The rows of a case; if it cannot be measured at all, rows that say why."""
     try:
         # cudnn's own search, so that the dense convolution is at its best.
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False):
-            return measure(case, s.device, limit, rounds=s.shapes.rounds, skip=s.skip)
+            skip = s.skip.get(op, {})
+            return measure(case, s.device, limit, rounds=s.shapes.rounds, skip=skip)
     except (RuntimeError, MemoryError) as error:
         names = (case.op, case.layer, case.shape, SHORT[case.dtype])
         return [Row(*names, one.name, FAILED, first_line(error)) for one in case.implementations]
+
+
+def no_answer(device: torch.device) -> str:
+    """Why `device` computes nothing any more, "" while it does: an illegal access ends it."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return first_line(error)
+    return ""
 
 
 def run(
@@ -219,7 +230,12 @@ def run(
             recorder.head["ended"] = f"after {s.seconds:g} s, before {case.layer} {case.shape}"
             recorder.add([])
             return recorder
-        rows = _measured(case, s, own[case.dtype])
+        rows = _measured(op, case, s, own[case.dtype])
         recorder.add(rows)
         on_rows(rows)
+        gone = no_answer(s.device)
+        if gone:
+            recorder.head["ended"] = f"after {case.layer} {case.shape}: {gone}"
+            recorder.add([])
+            return recorder
     return recorder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -56,8 +57,9 @@ def bench(
 ) -> None:
     """Check, then time, every op beside torch's best on this device, and record it.
 
-    What fails its check is not timed. Exit code 1 if one of our rows was refused or failed, or is
-    slower than recorded beyond noise; 2 for bad input.
+    What fails its check is not timed. On a GPU each sparse tensor core kernel is first tried in a
+    process of its own, and left out if that one hangs or dies. Exit code 1 if one of our rows was
+    refused or failed, or is slower than recorded beyond noise; 2 for bad input.
     """
     import torch
     from rich.console import Console
@@ -136,13 +138,16 @@ def run_all(
 ) -> list[str]:
     """Run each op, print its table, compare; what is wrong, one line each."""
     from slimgemm.benchmarks import bench as job
-    from slimgemm.benchmarks import bench_paper, records
+    from slimgemm.benchmarks import bench_paper, probe, records
     from slimgemm.benchmarks.bench_tables import complaints, show
     from slimgemm.benchmarks.progress import Steps
 
     bad: list[str] = []
     started = time.monotonic()
     timed = [o for o in ops if o not in (BUILDS, PREDICTION)]
+    if settings.device.type == "cuda":
+        left_out = probe.skips([o for o in timed if o != MODELS], shapes, settings)
+        settings = dataclasses.replace(settings, skip=left_out)
     limits = job.limits_of(settings) if timed else {}
     with Steps(console, loops=len(ops)) as steps:
         for op in ops:

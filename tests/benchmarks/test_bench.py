@@ -14,6 +14,7 @@ from slimgemm.benchmarks.shapes import LINEARS, SETS, SPARSE_TENSOR_CORES, shape
 from slimgemm.kernels import dispatch
 from slimgemm.kernels.quantize_24 import scaled_spmm_24_ref
 
+bench_no_answer = bench.no_answer
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 LIMITS = dict.fromkeys(DTYPES, Limits(0.01, 0.05))
@@ -118,6 +119,15 @@ def test_no_case_is_begun_after_the_time_is_up_and_the_file_says_so(tmp_path):
     recorder = bench.run("pack_24", settings(tmp_path, seconds=50), LIMITS, started=late)
     assert not recorder.rows
     assert records.read(recorder.path).head["ended"].startswith("after 50 s, before tiny.square")
+
+
+def test_an_op_ends_where_the_gpu_no_longer_answers_and_the_file_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "no_answer", lambda device: "AcceleratorError: illegal address")
+    recorder = bench.run("prune_24", settings(tmp_path), LIMITS)
+    assert {row.layer for row in recorder.rows} == {"tiny.square"}
+    ended = records.read(recorder.path).head["ended"]
+    assert ended == "after tiny.square n 64, k 64: AcceleratorError: illegal address"
+    assert not bench_no_answer(CPU)
 
 
 def test_unknown_names_are_refused():
