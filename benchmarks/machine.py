@@ -37,6 +37,9 @@ STATE = {
 # and 1/64 of the rows in 8 bits, which it has no instructions for.
 COPY_BYTES = 2**30
 PRODUCT = 8192  # rows and columns
+# Products queued while clocks are read, and their rows and columns: an idle GPU clocks down. At the
+# rate of an H200's data sheet they take 0.06 s.
+BUSY_CALLS, BUSY_SIDE = 400, 4096
 SAMPLE_MS = 50  # between readings of the power
 
 Run = Callable[[Sequence[str]], str]
@@ -151,12 +154,21 @@ def head(device: torch.device, command: str, run: Run = run_text) -> dict[str, s
     return {**found, **state(device, "before", run)}
 
 
+def keep_busy(device: torch.device) -> None:
+    """Queue products for `device`, without waiting for them."""
+    a = torch.randn(BUSY_SIDE, BUSY_SIDE, device=device).to(torch.bfloat16)
+    for _ in range(BUSY_CALLS):
+        a @ a
+
+
 def state(device: torch.device, when: str, run: Run = run_text) -> dict[str, str]:
-    """Clocks, power, temperature, the host's load; `when` (before, after) is behind each key."""
+    """Clocks, power and temperature at work, the host's load; behind each key `when`."""
     keys = {query: f"{key}_{when}" for query, key in STATE.items()}
     load = (
         f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "missing: not on this system"
     )
+    if device.type == "cuda":
+        keep_busy(device)
     return {**nvidia_smi(device, keys, run), f"load_average_{when}": load}
 
 

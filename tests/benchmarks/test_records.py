@@ -108,7 +108,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(machine, "keep_busy", lambda device: BUSY.append(str(device)))
+    BUSY.clear()
     return torch.device("cuda")
+
+
+BUSY = []  # devices that were given work
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_the_head_holds_what_nvidia_smi_says(gpu):
     asked = []
 
     def run(command):
-        asked.append(command)
+        asked.append((command, len(BUSY)))
         if command[0] == "git":
             return "abc123" if "rev-parse" in command else ""
         return ", ".join(str(n) for n, _ in enumerate(command[2].split(",")))
@@ -139,7 +144,19 @@ def test_the_head_holds_what_nvidia_smi_says(gpu):
     assert head["clock_sm_mhz_before"] == "0" and head["power_w_before"] == "2"
     assert head["compute_capability"] == "9.0" and head["commit"] == "abc123"
     assert head["torch"] == torch.__version__
-    assert asked[0][:2] == ["nvidia-smi", "--id=GPU-abc"]
+    smi = [(command, busy) for command, busy in asked if command[0] == "nvidia-smi"]
+    assert all(command[1] == "--id=GPU-abc" for command, _ in smi)
+    # Clocks are read of a GPU that has work to do.
+    clocks = [busy for command, busy in smi if "clocks.sm" in command[2]]
+    assert clocks == [1] and BUSY == ["cuda"]
+
+
+def test_the_work_of_a_gpu_whose_clocks_are_read_is_products(monkeypatch):
+    monkeypatch.setattr(machine, "BUSY_SIDE", 4)
+    made = []
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: made.append(a.shape))
+    machine.keep_busy(CPU)
+    assert made == [torch.Size([4, 4])] * machine.BUSY_CALLS
 
 
 def test_what_cannot_be_read_is_said(gpu, monkeypatch):
