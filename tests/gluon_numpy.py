@@ -65,7 +65,9 @@ def namespace(block: Block) -> types.SimpleNamespace:
     def allocate(dtype, shape, layout, value=None):
         shape = tuple(int(s) for s in shape)
         if layout == "mbarrier":
-            return Barriers(shape)
+            made = Barriers(shape)
+            block.barriers += made.rows
+            return made
         # What TMA and wgmma share is kept as bits, whatever its type.
         alloc = Alloc(math.prod(shape), int16 if isinstance(layout, Swizzled128) else dtype)
         where = np.arange(math.prod(shape)).reshape(shape)
@@ -150,7 +152,13 @@ def names(block: Block) -> dict[str, Any]:
                 alloc.state[where] = LANDED
                 block.landed.append((alloc, where))
 
+    def fence_async_shared():
+        for bar in block.barriers:
+            bar.fenced = True
+
     def tma_load(desc, coord, bar, view):
+        if not bar.fenced:
+            raise Fault("TMA signals a barrier that was not fenced after its initialisation")
         tile = desc.tile([int(c) for c in coord], view.shape)
         bar.flying.append(write(view, tile))
         bar.bytes -= tile.size * 2
@@ -194,6 +202,7 @@ def names(block: Block) -> dict[str, Any]:
     return {
         "barrier": barrier, "cp_async": cp_async, "cp_async_commit": commit,
         "cp_async_wait": wait, "tma_load": tma_load, "mbarrier": mbarrier,
+        "fence_async_shared": fence_async_shared,
         "range": scalars, "gl": namespace(block),
         "as_box": lambda view, desc: view.reshaped(desc.box),
         "arena_address": lambda arena: Tensor(np.int32(gluon_ptx.SMEM_BASE), int32),

@@ -86,7 +86,7 @@ class Barrier:
         self.count = None
 
     def init(self, count):
-        self.count = self.pending = count
+        self.count, self.pending, self.fenced = count, count, False
         self.bytes, self.phase, self.flying, self.landed = 0, 0, [], []
 
     def settle(self):
@@ -115,6 +115,7 @@ class Block:
         self.open: list[tuple[Alloc, np.ndarray]] = []
         self.landed: list[tuple[Alloc, np.ndarray]] = []
         self.arena: Alloc | None = None
+        self.barriers: list[Barrier] = []
         self.turn: Any = None
 
     def partitions(self, calls) -> None:

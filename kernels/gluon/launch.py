@@ -22,6 +22,20 @@ class TmaView(NamedTuple):
     box: tuple[int, ...]
 
 
+def tma_view(tensor: Tensor, box: tuple[int, ...]) -> TmaView:
+    """The TmaView of a row-major `tensor`, whose axes of one element may have any stride in torch.
+
+    TMA takes no stride that is not a multiple of 16 bytes: they get that of their neighbour's end.
+    """
+    if 1 in tensor.shape[:-1]:
+        strides = list(tensor.stride())
+        for axis in reversed(range(tensor.ndim - 1)):
+            if tensor.shape[axis] == 1:
+                strides[axis] = tensor.shape[axis + 1] * strides[axis + 1]
+        tensor = tensor.as_strided(tensor.shape, strides)
+    return TmaView(tensor, box)
+
+
 class Launch(NamedTuple):
     """One kernel launch, before it happens: tests run it on NumPy, launchers on the GPU.
 

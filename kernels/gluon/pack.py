@@ -129,7 +129,8 @@ def _check(packed: Packed24) -> None:
 
 def _run(kernel, launch: Launch) -> Tensor:
     if launch.out.numel():
-        kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
+        with torch.cuda.device(launch.out.device):  # Triton launches on the current device
+            kernel[launch.grid](*launch.args, **launch.constants, num_warps=launch.warps)
     return launch.out
 
 

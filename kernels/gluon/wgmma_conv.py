@@ -19,7 +19,7 @@ from slimgemm.kernels.conv_layout import (
     convolution,
 )
 from slimgemm.kernels.formats import Packed24
-from slimgemm.kernels.gluon.launch import Launch, TmaView, check_epilogue, multiprocessors
+from slimgemm.kernels.gluon.launch import Launch, check_epilogue, multiprocessors, tma_view
 from slimgemm.kernels.gluon.mma_conv import pixels_of, why_not_conv
 from slimgemm.kernels.gluon.orders import WGMMA_ROWS
 from slimgemm.kernels.gluon.wgmma_image import BOX_PIXELS, boxes_of
@@ -63,8 +63,8 @@ def prepare(
     return Launch(
         grid=(min(-(-n // WGMMA_ROWS) * boxes.count, programs),),
         args=(
-            TmaView(packed.values, (128, 64)), packed.meta.view(torch.int16),
-            TmaView(x.permute(0, 2, 3, 1), boxes.shape), pixels_of(out), bias, None, None,
+            tma_view(packed.values, (128, 64)), packed.meta.view(torch.int16),
+            tma_view(x.permute(0, 2, 3, 1), boxes.shape), pixels_of(out), bias, None, None,
             boxes.count * BOX_PIXELS, n, k,
         ),
         constants=dict(

@@ -89,7 +89,7 @@ def load_pixels(desc, arena, unit, bar, tile, block, K, BOXES: gl.constexpr):
         tap = column // BOXES.channels
         # Past K an image that is not there: zeros, as X times the zeros of W may be NaN.
         at = [
-            image + column // K * (1 << 30),
+            image + column // K * BOXES.batch,
             row + tap // BOXES.kernel_width * BOXES.dilation_y,
             pixel + tap % BOXES.kernel_width * BOXES.dilation_x,
             column % BOXES.channels,

@@ -14,13 +14,13 @@ from torch import Tensor
 from slimgemm.kernels.formats import Packed24, check_shapes
 from slimgemm.kernels.gluon.launch import (
     Launch,
-    TmaView,
     check_epilogue,
     check_x,
     folds,
     is_aligned,
     multiprocessors,
     rows_of,
+    tma_view,
 )
 from slimgemm.kernels.gluon.mma_packed import why_not as why_not_mma
 from slimgemm.kernels.gluon.plans import Plans, layouts
@@ -92,8 +92,8 @@ def fill(
     """The launch of `plan` on these operands, with a new result: what `prepare` gives."""
     out, (values, meta, k, _, _) = x.new_empty(plan.shape), packed
     args = (
-        TmaView(values, plan.boxes[0]), meta.view(torch.int16),
-        TmaView(rows_of(x, k), plan.boxes[1]), out, bias, scale, None, *plan.sizes,
+        tma_view(values, plan.boxes[0]), meta.view(torch.int16),
+        tma_view(rows_of(x, k), plan.boxes[1]), out, bias, scale, None, *plan.sizes,
     )  # fmt: skip
     return Launch(plan.grid, args, plan.constants, 4, out, None)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from slimgemm.kernels.formats import Packed24
@@ -42,6 +42,7 @@ from slimgemm.kernels.gluon.launch import (
     is_aligned,
     multiprocessors,
     rows_of,
+    tma_view,
 )
 from slimgemm.kernels.gluon.mma_sp import PTX_TYPES_8, values_per_int32
 from slimgemm.kernels.gluon.orders import WGMMA_BLOCK_BYTES, WGMMA_ROWS, WgmmaSp
@@ -245,6 +246,8 @@ def _wgmma_sp_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)  # the producer's expect; then bytes
         mbarrier.init(empty.index(slot), count=2)  # one arrival of each consumer
+    # TMA signals them from the asynchronous proxy, which must see them initialised.
+    fence_async_shared()
     gl.warp_specialize(
         [
             (consumer, (arena, words_ptr, y_ptr, bias_ptr, scale_ptr, token_scale_ptr, full, empty,
@@ -287,7 +290,7 @@ def prepare(
     return Launch(
         grid=(min(tiles, programs),),
         args=(
-            TmaView(values, (128, 64)), words, TmaView(rows, (tile.box, 64)),
+            tma_view(values, (128, 64)), words, tma_view(rows, (tile.box, 64)),
             out.view(m, n), bias, scale, token_scale, m, n, k,
         ),
         constants=dict(

@@ -55,6 +55,29 @@ def test_missing_bound_is_seen():
         words(packed, 16, 512, changed)
 
 
+def test_kernels_are_launched_on_the_device_of_the_weight(monkeypatch):
+    current, launched_on = [], []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched_on.append(current[-1:])
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    launch = pack.prepare_values(pack_24_ref(random_24(16, 256, torch.float16)))
+    pack._run(Kernel(), launch)
+    assert launched_on == [[launch.out.device]]
+
+
 def test_refusals():
     weight = random_24(16, 32)
     for function in (pack.pack_mma_sp, pack.pack_wgmma_sp):

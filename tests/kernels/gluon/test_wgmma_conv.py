@@ -71,6 +71,14 @@ def test_infinity_beside_the_last_columns_of_k_stays_out():
     assert torch.equal(got.isfinite(), want.isfinite())
 
 
+def test_one_image_may_have_any_pitch():
+    """Torch calls it contiguous; TMA takes only pitches of whole 16 bytes."""
+    x, w = problem((1, 64, 8, 4, 4, (3, 3)))
+    pitched = x.as_strided(x.shape, (1025, *x.stride()[1:]))
+    assert pitched.is_contiguous(memory_format=NHWC)
+    assert torch.equal(run(pitched, w, padding=1), run(x, w, padding=1))
+
+
 @pytest.mark.parametrize(
     ("batch", "height", "width", "count"),
     [(1, 56, 56, 28), (1, 14, 14, 2), (8, 7, 7, 4), (1, 1, 128, 1), (1, 128, 1, 1), (2, 8, 8, 1)],

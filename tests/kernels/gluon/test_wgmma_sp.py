@@ -87,6 +87,16 @@ def test_rows_with_a_pitch():
     check(1, 32, 256, SMALL, x=randn(2, 257, dtype=torch.bfloat16, seed=1)[:1, :256])
 
 
+def test_a_weight_of_one_row_may_have_any_pitch():
+    """Torch calls it contiguous; TMA takes only pitches of whole 16 bytes."""
+    packed = pack_24_ref(random_24(1, 96, torch.bfloat16))
+    values = torch.nn.functional.pad(packed.values.expand(2, 48), (0, 1))[:1, :48]
+    assert values.is_contiguous() and values.stride(0) == 49
+    x = randn(5, 96, dtype=torch.bfloat16)
+    got = run(x, packed._replace(values=values), SMALL)
+    assert torch.equal(got, run(x, packed, SMALL))
+
+
 CONSUMER, PRODUCER, STORE = wgmma_sp.consumer, wgmma_sp.producer, wgmma_sp.store_tokens
 WORDS = wgmma_sp.load_words
 FULL_WAIT = "mbarrier.wait(full.index(slot), (step // STAGES) & 1)"
@@ -106,6 +116,7 @@ FAULTS = {  # name: function, old, new, message
     "bytes that never come": (PRODUCER, "UNITS * 16384", "UNITS * 16384 + 16", "deadlock"),
     "no wait for a full stage": (CONSUMER, FULL_WAIT, "pass", "waited for|never written"),
     "no wait for an empty stage": (PRODUCER, EMPTY_WAIT, "pass", "before it was read|in flight"),
+    "barriers are not fenced": (KERNEL, "fence_async_shared()", "pass", "not fenced"),
     "phase inverted": (PRODUCER, EMPTY_WAIT, EMPTY_WAIT.replace(" ^ 1", ""), "deadlock"),
     "metadata past the last block": (
         CONSUMER, "gl.minimum(block + 1, blocks - 1)", "(block + 1)", "out of bounds: words_ptr",
