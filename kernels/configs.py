@@ -62,7 +62,8 @@ CONV_CHANNELS_TILES = (Tile(16, 64, 64, 4, 4), Tile(64, 64, 32, 8))
 SPMM_24_WGRAD_TILE = Tile(32, 64, 64, 8)
 CONV_24_WGRAD_TILE = Tile(32, 64, 64, 8)
 CONV_24_NARROW_WGRAD_TILE = Tile(64, 16, 64)
-GEMM_CHANNELS_WGRAD_TILE = Tile(32, 64, 64, 8)
+# In tf32 32 ragged rows spill on sm_80 (24 bytes).
+GEMM_CHANNELS_WGRAD_TILE, GEMM_CHANNELS_WGRAD_TF32_TILE = Tile(32, 64, 64, 8), Tile(16, 64, 64, 8)
 CONV_CHANNELS_WGRAD_TILE = Tile(32, 64, 64, 8)
 
 # Without tensor cores a thread holds whole rows of both operands, unrolled over k: the tiles above
@@ -134,6 +135,13 @@ def gemm_channels_tile(rows: int, itemsize: int, scalar: bool, ragged: bool = Fa
     runs."""
     tiles = GEMM_CHANNELS_RAGGED_TILES if ragged else GEMM_CHANNELS_TILES
     return channels_tile(tiles, rows, itemsize, scalar)
+
+
+def gemm_channels_wgrad_tile(itemsize: int, scalar: bool) -> Tile:
+    """The tile of gemm_channels_wgrad."""
+    if scalar:
+        return CHANNELS_WGRAD_SCALAR_TILE
+    return GEMM_CHANNELS_WGRAD_TF32_TILE if itemsize == 4 else GEMM_CHANNELS_WGRAD_TILE
 
 
 def split_count(programs: int, steps: int, multiprocessors: int, limit: int = 16) -> int:

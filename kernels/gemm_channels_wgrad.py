@@ -12,12 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slimgemm.kernels.channel_layout import ChannelLayout
-from slimgemm.kernels.configs import (
-    CHANNELS_WGRAD_SCALAR_TILE,
-    GEMM_CHANNELS_WGRAD_TILE,
-    Tile,
-    split_count,
-)
+from slimgemm.kernels.configs import Tile, gemm_channels_wgrad_tile, split_count
 from slimgemm.kernels.device import (
     as_rows,
     check_operand,
@@ -102,7 +97,7 @@ def gemm_channels_wgrad(
     rows_y, rows_x = as_rows(dy), as_rows(x)
     precision = matmul_precision(dy.dtype)
     scalar = multiply_adds(dy.dtype, precision)
-    tile = tile or (CHANNELS_WGRAD_SCALAR_TILE if scalar else GEMM_CHANNELS_WGRAD_TILE)
+    tile = tile or gemm_channels_wgrad_tile(dy.itemsize, scalar)
     programs = triton.cdiv(n, tile.n) * triton.cdiv(k, tile.k)
     steps = triton.cdiv(rows_y.count, tile.m)
     split = split or split_count(programs, steps, multiprocessors(dy.device))

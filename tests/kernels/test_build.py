@@ -42,6 +42,7 @@ TIGHT = [
     Build("gemm_channels", "m 31 ragged", "fp16", "sm_80"),
     Build("gemm_channels", "m 31 ragged", "bf16", "sm_90"),
     Build("gemm_channels", "m 63 ragged", "tf32", "sm_120"),
+    Build("gemm_channels_wgrad", "ragged", "tf32", "sm_80"),
     Build("conv2d_channels", "m 63 ragged", "fp16", "sm_90"),
     Build("conv2d_channels", "m 63 odd", "tf32", "sm_120"),
     Build("conv2d_channels_dgrad", "m 64", "tf32", "sm_100"),
