@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from slimgemm.benchmarks import records, report_plots
+from slimgemm.benchmarks import records, report_bars, report_plots
 from slimgemm.benchmarks.bench_model import ModelRow
 from slimgemm.benchmarks.bench_paper import BuildRow, Prediction
 from slimgemm.benchmarks.bench_tables import number
 from slimgemm.benchmarks.micro import MicroRow
 from slimgemm.benchmarks.records import RESULTS, Record
+from slimgemm.benchmarks.report_bars import MEANS, OURS, geometric_means, tokens_of
 from slimgemm.benchmarks.rows import TIMED, Row
 
 README = RESULTS.parents[1] / "README.md"
 BEGIN, END = "<!-- measured: python -m slimgemm.benchmarks.report -->", "<!-- end of measured -->"
-OURS, RIVAL = "slimgemm spmm_24", "torch cusparselt"
 HEAD_KEYS = ("device", "driver", "threads", "clock", "load_average_before", "load_average_after",
              "torch", "triton", "date", "commit")  # fmt: skip
 # Title, stage and timed model of each row of the demo's table.
@@ -37,8 +35,6 @@ DEMO_STAGES = (
     ("2:4, fine-tuned, packed", "packed", "packed"),
     ("half the channels, fine-tuned", "cut_tuned", "channels"),
 )
-
-Table = list[list[str]]
 
 
 def row_class(name: str) -> type:
@@ -65,42 +61,6 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     cells = ([str(cell).replace("|", "/") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
-
-
-def geometric_means(rows: Sequence[Row]) -> Table:
-    """Per number of tokens and dtype: mean and least best_dense_over_this of each sparse kernel."""
-    found: dict[tuple[str, int], dict[str, list[float]]] = {}
-    for row in rows:
-        if row.status == TIMED and row.best_dense_over_this and row.op == "spmm_24":
-            key = row.dtype, tokens_of(row)
-            ratios = found.setdefault(key, {}).setdefault(row.implementation, [])
-            ratios.append(row.best_dense_over_this)
-    table = []
-    for (dtype, tokens), kernels in sorted(found.items()):
-        for name, ratios in kernels.items():
-            if name.startswith("torch dense"):
-                continue
-            mean = math.exp(statistics.mean(math.log(r) for r in ratios))
-            lost = sum(r < 1 for r in ratios)
-            table.append(
-                [dtype, str(tokens), name, f"{mean:.2f}", f"{min(ratios):.2f}",
-                 f"{lost} of {len(ratios)}"]
-            )  # fmt: skip
-    return table
-
-
-MEANS = ("dtype", "tokens", "kernel", "best dense / this, geometric mean", "least", "slower at")
-
-
-def sizes_of(row: Row) -> dict[str, str]:
-    """The numbers of a row's shape by name."""
-    parts = (part.rpartition(" ") for part in row.shape.split(", "))
-    return {name: value for name, _, value in parts}
-
-
-def tokens_of(row: Row) -> int:
-    """Rows of x."""
-    return int(sizes_of(row)["m"])
 
 
 def _timed_table(rows: Sequence[Any]) -> str:
@@ -142,12 +102,37 @@ def _untimed(rows: Sequence[Any]) -> str:
     return "\n".join(lines)
 
 
-def _measured(name: str, record: Record) -> str:
+def bar_tables(rows: Sequence[Any]) -> list[tuple[str, str]]:
+    """(title, table) of all that has a bar in the rows of one file of a GPU."""
+    rows = [row for row in rows if isinstance(row, Row)]
+    found = (
+        ("After dispatch, over the eight layers:", report_bars.AGAINST_BARS,
+         report_bars.against_bars(rows)),
+        ("The fastest of our kernels:", report_bars.FASTEST, report_bars.fastest_of_ours(rows)),
+        ("Packing against a copy of the dense weight:", report_bars.PACKED,
+         report_bars.packing(rows)),
+        ("The host, for one call:", report_bars.HOST, report_bars.overhead(rows)),
+    )  # fmt: skip
+    return [(title, markdown(columns, table)) for title, columns, table in found if table]
+
+
+def autotuned(loaded: dict[str, Record], name: str) -> Record:
+    """The record of `name`, cases in its file `_compiled` taken from there if they compiled."""
+    record, compiled = loaded[name], loaded.get(f"{name}_compiled")
+    if compiled is None:
+        return record
+    return record._replace(rows=report_bars.with_autotuned(record.rows, compiled.rows))
+
+
+def _measured(name: str, record: Record, bars: str) -> str:
+    """The tables of one file; `bars`: what they say against the bars, "" if nothing."""
     timed = [row for row in record.rows if row.status == TIMED]
     parts = [_timed_table(timed)] if timed else ["Nothing was timed."]
     means = geometric_means(timed) if timed and isinstance(timed[0], Row) else []
     if means:
         parts.insert(0, markdown(MEANS, means))
+    if bars:
+        parts.insert(0, bars)
     if len(timed) < len(record.rows):
         parts.append("Not timed:\n\n" + _untimed(record.rows))
     return "\n\n".join(parts)
@@ -195,7 +180,9 @@ def results_readme(loaded: dict[str, Record], plots: Sequence[tuple[str, str]]) 
         if not record.rows:
             parts.append("No rows.")
         elif isinstance(record.rows[0], (Row, ModelRow)):
-            parts.append(_measured(name, record))
+            against = bar_tables(autotuned(loaded, name).rows) if is_gpu(name, record) else []
+            bars = "\n\n".join(f"{title}\n\n{table}" for title, table in against)
+            parts.append(_measured(name, record, "" if name.endswith("_compiled") else bars))
         elif isinstance(record.rows[0], Prediction):
             parts.append(
                 f"{len(record.rows)} rows in [{name}.csv]({name}.csv); those of one layer:"
@@ -264,13 +251,13 @@ def _layers_text(folder: Path) -> str:
 
 
 def _gpu_parts(name: str, record: Record) -> list[str]:
-    means = [line for line in geometric_means(record.rows) if line[2] in (OURS, RIVAL)]
+    bars = report_bars.against_bars(record.rows)
     head = record.head
     about = (
         f"{head['device']}, driver {head['driver']}, torch {head['torch']}, triton "
         f"{head['triton']}, {head['date']}; [every row](benchmarks/results/{name}.csv):"
     )
-    return [about, markdown(MEANS, means)]
+    return [about, markdown(report_bars.AGAINST_BARS, bars) if bars else "No layer of a bar."]
 
 
 def readme_section(folder: Path) -> str:
@@ -279,7 +266,7 @@ def readme_section(folder: Path) -> str:
     parts: list[str] = []
     for name, record in loaded.items():
         if is_gpu(name, record) and name.endswith("_spmm_24"):
-            parts += _gpu_parts(name, record)
+            parts += _gpu_parts(name, autotuned(loaded, name))
     first = "" if parts else "No GPU has run this tree yet: there is no speed-up to show. "
     demo = json.loads((folder / "cpu_demo.json").read_text(encoding="utf-8"))
     hardware = demo["hardware"]
@@ -333,6 +320,14 @@ def recorded_numbers(folder: Path) -> tuple[set[float], str]:
     return {float(found) for found in re.findall(r"-?\d+\.?\d*(?:e[-+]?\d+)?", text)}, text
 
 
+def derived(loaded: dict[str, Record], name: str) -> Iterator[str]:
+    """Words of the tables that are computed from the rows of a file."""
+    rows = [row for row in autotuned(loaded, name).rows if isinstance(row, Row)]
+    for line in (*geometric_means(rows), *report_bars.against_bars(rows)):
+        for cell in line:
+            yield from cell.split()
+
+
 def unrecorded(section: str, folder: Path) -> list[str]:
     """Numbers in `section` that no recorded file holds, as they are rounded there.
 
@@ -340,8 +335,7 @@ def unrecorded(section: str, folder: Path) -> list[str]:
     """
     numbers, text = recorded_numbers(folder)
     loaded = load(folder)
-    means = {cell for record in loaded.values() if record.rows and isinstance(record.rows[0], Row)
-             for line in geometric_means(record.rows) for cell in line}  # fmt: skip
+    means = {word for name in loaded for word in derived(loaded, name)}
     prose = re.sub(r"\]\([^)]*\)|`[^`]*`", " ", section)
     missing = []
     for token in re.findall(r"(?<![\w.:-])\d[\d,]*\.?\d*(?![\w:-])", prose):
