@@ -15,9 +15,10 @@ from slimgemm.pruning.masks import PackedMask, keep_masks, load_masks, mask_of, 
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto
 from slimgemm.pruning.patterns import Block, Channels, Kernel, NofM, Unstructured, Vector
-from slimgemm.pruning.permutation import find_permutation, permute
+from slimgemm.pruning.permutation import find_permutation
 from slimgemm.pruning.plan import LayerPlan, Plan, plan
 from slimgemm.pruning.reconstruction import Reconstruction
+from slimgemm.pruning.reorder import Reordered, permute
 from slimgemm.pruning.repair import ADMM, LeastSquares
 from slimgemm.pruning.schedule import (
     Gradual,
@@ -77,6 +78,7 @@ __all__ = [
     "Plan",
     "Random",
     "Reconstruction",
+    "Reordered",
     "Search",
     "Sensitivity",
     "SparseGPT",

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
+Rule = Callable[["Tracer", Any], Any]
 FIXED = -1  # the id of an element that no weight made
 
 
@@ -118,12 +119,16 @@ class Coupling:
         axes: (name of a parameter or buffer, axis) -> ids along it.
         uses: each use of a Linear or convolution weight, in order of execution.
         norms: ids -> name of the batch normalisation's scale that they pass, in order.
+        rows: ids [rows, size]; in an order of channels, each stays in its row (an attention head).
+        outputs: (place among the model's output tensors, dimension) -> ids along it.
     """
 
     sets: Sets = field(default_factory=Sets)
     axes: dict[tuple[str, int], Ids] = field(default_factory=dict)
     uses: list[Use] = field(default_factory=list)
     norms: list[tuple[Ids, str]] = field(default_factory=list)
+    rows: list[Ids] = field(default_factory=list)
+    outputs: dict[tuple[int, int], Ids] = field(default_factory=dict)
 
 
 def without(coupling: Coupling, kept: Mapping[tuple[str, int], Tensor]) -> Coupling:
@@ -151,14 +156,15 @@ def without(coupling: Coupling, kept: Mapping[tuple[str, int], Tensor]) -> Coupl
 
 
 class Tracer:
-    """Walks an exported graph; `rules` (see pruning.flow) say what each operation does to ids."""
+    """Walks an exported graph; `rules` go before those of pruning.flow for what a node does."""
 
-    def __init__(self, pinned: Callable[[str], str | None]) -> None:
+    def __init__(self, pinned: Callable[[str], str | None], rules: Mapping[str, Rule]) -> None:
         self.found = Coupling()
         self.sets = self.found.sets
         self.names: dict[str, str] = {}
         self.values: dict[Any, Any] = {}
         self.left_out: list[tuple[Ids, Ids, str]] = []
+        self.rules = rules
         self._pinned = pinned
 
     def parameter(self, node: Any) -> str | None:

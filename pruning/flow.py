@@ -69,7 +69,7 @@ def follow(tracer: Tracer, node: Any) -> Any:
         value = tracer.value(node.args[0])
         return value[node.args[1]] if isinstance(value, list) else value
     name = _name(node)
-    rule = _RULES.get(name)
+    rule = tracer.rules.get(name) or _RULES.get(name)
     if rule is None:
         rule = next((r for names, r in _FAMILIES if name in names), _unknown)
     return rule(tracer, node)
@@ -385,6 +385,7 @@ _RULES: dict[str, Callable[[Tracer, Any], Any]] = {
     "matmul": _product,
     "bmm": _product,
     "scaled_dot_product_attention": _attention,
+    "_assert_tensor_metadata": lambda tracer, node: None,  # it has no result
 }
 _FAMILIES: tuple[tuple[frozenset[str], Callable[[Tracer, Any], Any]], ...] = (
     (ELEMENTWISE, _elementwise),

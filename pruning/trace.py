@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from slimgemm.pruning.coupling import Coupling, Tracer
+from slimgemm.pruning.coupling import Coupling, Rule, Tracer, Tracked
 from slimgemm.pruning.flow import follow
 from slimgemm.pruning.inputs import Inputs, arguments, evaluating
 
 
 def trace(
-    model: nn.Module, example_inputs: Inputs, pinned: Callable[[str], str | None]
+    model: nn.Module,
+    example_inputs: Inputs,
+    pinned: Callable[[str], str | None],
+    rules: Mapping[str, Rule] | None = None,
+    free_outputs: bool = False,
 ) -> Coupling:
     """Trace a model and follow its channels.
 
@@ -21,6 +26,9 @@ def trace(
         model: traced in evaluation mode with torch.export; it is left as it was.
         example_inputs: as for `plan`.
         pinned: dotted name of a parameter or buffer -> why its channels must stay, or None.
+        rules: operation -> what it does to ids, where that is not what pruning.flow says.
+        free_outputs: ids that reach the model's outputs along one dimension are listed instead
+            of pinned.
 
     Raises:
         ValueError: torch.export cannot trace the model; the first line of its reason is given.
@@ -35,15 +43,23 @@ def trace(
                 f"torch.export cannot trace {type(model).__name__}, so coupled channels are not "
                 f"known: {type(error).__name__}: {first[0]}; patterns inside a layer need no trace"
             ) from error
-    tracer = Tracer(pinned)
+    tracer = Tracer(pinned, rules or {})
     signature = program.graph_signature
     tracer.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
         if node.op == "call_function":
             tracer.values[node] = follow(tracer, node)
         elif node.op == "output":
-            for source in node.all_input_nodes:
-                if tracer.parameter(source) is None:
-                    tracer.pin(tracer.value(source), "it reaches the model's output")
+            _outputs(tracer, node, free_outputs)
     tracer.finish()
     return tracer.found
+
+
+def _outputs(tracer: Tracer, node: Any, free: bool) -> None:
+    leaves = [leaf for leaf in node.args[0] if isinstance(leaf, torch.fx.Node)]
+    for place, leaf in enumerate(leaves):
+        value = tracer.value(leaf) if tracer.parameter(leaf) is None else None
+        if free and isinstance(value, Tracked) and len(value.dims) == 1:
+            tracer.found.outputs[place, value.dims[0]] = value.ids
+        else:
+            tracer.pin(value, "it reaches the model's output")
