@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -17,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 COLUMNS = 100  # of tables, where stdout is no terminal
+FOLDER = "Written by sparse_ops.save, or by slimgemm prune as --out: its model/ is read."
 EXTENSIONS = "my_module:function, found from the present folder or among installed modules"
 
 
@@ -24,35 +22,6 @@ def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong on stderr and leave with this exit code."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
-
-
-def named(place: str) -> Any:
-    """The object that "module:name" names.
-
-    Raises:
-        ValueError: there is no such module or name.
-    """
-    module, _, name = place.partition(":")
-    if not module or not name:
-        raise ValueError(f"{place!r} must be module:function")
-    folder = os.getcwd()
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{place}: {error}; run it where {module}.py lies") from error
-    except AttributeError as error:
-        raise ValueError(f"{place}: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(folder)
-    if not callable(found):
-        raise ValueError(f"{place} is a {type(found).__name__}, it must be a function")
-    return found
 
 
 def _console() -> Console:
@@ -85,18 +54,25 @@ def prune(
         str, typer.Option(help="What falls under --max-drop alone: macs, params, latency_ms, ...")
     ] = "macs",
     pattern: Annotated[
-        list[str] | None, typer.Option(help="channels, 2:4, 1:4, ...; repeat. Default: channels.")
+        list[str] | None,
+        typer.Option(help="channels, 2:4, 1:4, 1:8, 2:8 or 4:8; repeat to mix. Default: channels."),
     ] = None,
     multiple_of: Annotated[int, typer.Option(min=1, help="Of widths after channels.")] = 8,
     metric: Annotated[
-        str, typer.Option(help="accuracy (percent), loss, or your own: module:function of a model.")
+        str,
+        typer.Option(
+            help="accuracy (percent), loss, or your own: module:function of a model -> number."
+        ),
     ] = "accuracy",
+    lower: Annotated[
+        bool, typer.Option("--lower-is-better", help="Of your own metric; else more is better.")
+    ] = False,
     loss: Annotated[
         str, typer.Option(help="module:function of (outputs, target).")
     ] = "torch.nn.functional:cross_entropy",
     rows: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows that a forward has. Default: a test batch."),
+        typer.Option(min=1, help="Rows that a forward has, at most a test batch, the default."),
     ] = None,
     short: Annotated[int, typer.Option(min=0, help="Steps of training after each candidate.")] = 20,
     long: Annotated[int, typer.Option(min=0, help="Steps of training at the end.")] = 500,
@@ -104,12 +80,15 @@ def prune(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers that stay: names, or re:REGEX; repeat.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Of fine-tuning and search.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:NUMBER.")] = "cpu",
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of your functions, fine-tuning and search.")
+    ] = 0,
 ) -> None:
     """Search how much to prune where under limits, fine-tune, pack, verify and save.
 
-    Killed and started again with the same options it goes on where it was (--out/search).
+    Killed and started again with the same options it goes on where it was (OUT/search); with other
+    ones it begins anew, and what OUT held moves to OUT/earlier-1, and so on.
     Exit code 1 if the limits cannot be met or verification fails, 2 for bad input.
     """
     limits = {
@@ -125,8 +104,8 @@ def prune(
     }  # fmt: skip
     try:
         job = prune_job.Job(
-            make_model=named(model), make_data=named(data), out=out, metric=metric,
-            named=named, loss=named(loss), patterns=tuple(pattern or ("channels",)),
+            make_model=model, make_data=data, out=out, metric=metric, lower=lower, loss=loss,
+            patterns=tuple(dict.fromkeys(pattern or ("channels",))),
             multiple_of=multiple_of, rows=rows, rate=rate, device=device, options=options,
         )  # fmt: skip
         result = job.run(_console())
@@ -139,7 +118,7 @@ def prune(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="Written by sparse_ops.save or slimgemm prune.")],
+    folder: Annotated[Path, typer.Argument(help=FOLDER)],
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """What a saved folder holds: each layer, what was done to it, and its bytes.
@@ -149,14 +128,14 @@ def inspect(
     from slimgemm.benchmarks import saved
 
     try:
-        contents = saved.contents(folder)
+        contents = saved.contents(saved.checkpoint_in(folder))
     except ValueError as error:
         fail(str(error), 2)
     typer.echo(json.dumps(contents, indent=1) if as_json else saved.table(contents))
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Written by sparse_ops.save or slimgemm prune.")],
+    folder: Annotated[Path, typer.Argument(help=FOLDER)],
     model: Annotated[
         str | None, typer.Argument(help=f"Makes the dense model, to load it into: {EXTENSIONS}.")
     ] = None,
@@ -166,11 +145,11 @@ def verify(
     Exit code 1 if something is wrong, 2 if there is no checkpoint to check.
     """
     from slimgemm.benchmarks import saved
+    from slimgemm.benchmarks.prune_check import named
 
-    if not folder.is_dir():
-        fail(f"{folder} is no folder", 2)
     make: Callable[[], nn.Module] | None = None
     try:
+        folder = saved.checkpoint_in(folder)
         make = None if model is None else named(model)
     except ValueError as error:
         fail(str(error), 2)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,27 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from slimgemm import pruning, sparse_ops
-from slimgemm.pruning.inputs import run, to_device
+from slimgemm.benchmarks.prune_check import (
+    MODEL,
+    PICTURE,
+    REPORT,
+    SEARCH,
+    check_loaders,
+    check_loss,
+    check_out,
+    check_saves,
+    device_of,
+    first_batch,
+    guarded,
+    make_room,
+    named,
+    users_code,
+)
+from slimgemm.kernels.formats import PATTERNS
+from slimgemm.pruning.inputs import run, tensors_of, to_device
 from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.search_report import Found
+from slimgemm.pruning.task import seeded
 from slimgemm.sparse_ops.swap import CONVERTERS
 
 
@@ -34,7 +51,7 @@ def packed_twin(layer: nn.Module, keep: int, group: int) -> nn.Module:
 def first_rows(inputs: Any, rows: int | None) -> Any:
     """The first rows of every tensor in some inputs."""
     if isinstance(inputs, Tensor):
-        return inputs[:rows]
+        return inputs[:rows] if inputs.ndim else inputs
     if isinstance(inputs, dict):
         return {key: first_rows(value, rows) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
@@ -56,22 +73,45 @@ class Metric:
     loader: Iterable[Any]
     loss: Callable[[Any, Any], Tensor]
 
+    def __str__(self) -> str:
+        return self.kind
+
     def __call__(self, model: nn.Module) -> float:
-        """The metric of a model."""
+        """The metric of a model.
+
+        Raises:
+            ValueError: classes and targets are not of one shape.
+        """
         device = next(model.parameters()).device
         total = rows = 0.0
         for batch in self.loader:
             inputs, target = (to_device(part, device) for part in batch)
-            outputs = run(model, inputs)
+            with users_code("the model's forward of a test batch"):
+                outputs = run(model, inputs)
             if self.kind == "accuracy":
-                total += float((outputs.argmax(-1) == target).sum())
+                total += _right(outputs, target)
                 rows += target.numel()
             else:
                 total += float(self.loss(outputs, target)) * len(target)
                 rows += len(target)
         if not rows:
-            raise ValueError("the test loader is empty")
+            raise ValueError("the test loader's batches have no rows")
         return total / rows * (100 if self.kind == "accuracy" else 1)
+
+
+def _right(outputs: Any, target: Any) -> float:
+    """How many targets the largest outputs along the last axis are."""
+    cure = "give --metric loss, or --metric module:function of your own"
+    if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
+        what = type(target if isinstance(outputs, Tensor) else outputs).__name__
+        raise ValueError(f"accuracy compares tensors of classes, got a {what}; {cure}")
+    found = outputs.argmax(-1)
+    if found.shape != target.shape:
+        raise ValueError(
+            f"accuracy compares classes {list(found.shape)} (the largest of outputs "
+            f"{list(outputs.shape)} along the last axis) with targets {list(target.shape)}; {cure}"
+        )
+    return float((found == target).sum())
 
 
 @dataclass
@@ -79,17 +119,17 @@ class Job:
     """One `slimgemm prune`; see its options.
 
     Args:
-        make_model, make_data: the user's functions.
-        named: finds the user's own metric by "module:function".
+        make_model, make_data, metric, loss: module:function; metric may be accuracy or loss.
+        lower: whether less of the user's own metric is better.
         options: of pruning.Search, limits included.
     """
 
-    make_model: Callable[[], nn.Module]
-    make_data: Callable[[], tuple[Iterable[Any], Iterable[Any]]]
-    named: Callable[[str], Any]
+    make_model: str
+    make_data: str
     out: Path
     metric: str
-    loss: Callable[[Any, Any], Tensor]
+    lower: bool
+    loss: str
     patterns: tuple[str, ...]
     multiple_of: int
     rows: int | None
@@ -103,73 +143,107 @@ class Job:
         Raises:
             ValueError: bad input; Infeasible where the limits cannot be met.
         """
-        device = torch.device(self.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda asked for, torch sees no GPU")
-        patterns = tuple(map(self._pattern, self.patterns))
-        evaluate, higher = self._evaluate
-        model = self.make_model()
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"the model factory gave a {type(model).__name__}, not a module")
-        train, test = self._loaders
-        metric = evaluate or Metric(self.metric, test, self.loss)
-        inputs, _ = next(iter(test))
-        example = to_device(first_rows(inputs, self.rows), device)
-        latency = LatencyTable(device, twin=packed_twin) if self._timed else None
-        search = pruning.Search(
-            metric, patterns=patterns, higher_is_better=higher, latency=latency,
-            finetune=pruning.FineTune(train, self.loss, self.rate), folder=self.out / "search",
-            deploy=lambda finished: self._packed(finished, example)[0],
-            show=console.is_terminal, **self.options,
+        search = self._search(console)  # options first: they need none of the user's code
+        device = device_of(self.device)
+        make_model, make_data = named(self.make_model), named(self.make_data)
+        loss = guarded(f"the loss {self.loss}", named(self.loss))
+        own = None if self._builtin else named(self.metric)
+        check_out(self.out)
+        model = self._model(make_model).to(device)
+        with users_code(f"the data factory {self.make_data}"), seeded(self.options["seed"]):
+            made = make_data()
+        train, test = check_loaders(made)
+        metric = Metric(self.metric, test, loss) if own is None else guarded(
+            f"the metric {self.metric}", own
         )  # fmt: skip
-        found = search.run(model.to(device), example)
+        example = to_device(self._example(test), device)
+        if self.options["short"] or self.options["long"]:
+            check_loss(model, first_batch(train, "training"), loss)
+        check_saves(model, self.out)
+        search = replace(
+            search, evaluate=metric, finetune=pruning.FineTune(train, loss, self.rate),
+            latency=LatencyTable(device, twin=packed_twin) if self._timed else None,
+            deploy=lambda finished: self._packed(finished, example)[0],
+        )  # fmt: skip
+        moved = make_room(self.out, search.key(model, example))
+        if moved:
+            console.print(moved, highlight=False, soft_wrap=True)
+        found = search.run(model, example)
         return self._finish(found, example, metric, console)
+
+    def _search(self, console: Console) -> pruning.Search:
+        """The search as asked, still without what the user's functions make."""
+        if self.lower and self._builtin:
+            raise ValueError(
+                f"--lower-is-better is for a metric of your own; {self.metric} knows it"
+            )
+        if not self._builtin and ":" not in self.metric:
+            raise ValueError(
+                f"metric must be accuracy, loss or module:function, got {self.metric!r}"
+            )
+        higher = not self.lower and self.metric != "loss"
+        # What the search does not see itself, but its results depend on.
+        tag = (self.make_model, self.make_data, self.metric, self.loss, self.rate, self.device)
+        return pruning.Search(
+            str, patterns=tuple(map(self._pattern, self.patterns)), higher_is_better=higher,
+            finetune=pruning.FineTune((), str, self.rate), folder=self.out / SEARCH,
+            tag=" ".join(map(str, tag)), show=console.is_terminal, **self.options,
+        )  # fmt: skip
+
+    @property
+    def _builtin(self) -> bool:
+        return self.metric in ("accuracy", "loss")
 
     @property
     def _timed(self) -> bool:
         limits = self.options
         return limits["max_latency_ms"] is not None or limits["minimise"] == "latency_ms"
 
+    def _model(self, make: Callable[[], Any]) -> nn.Module:
+        with users_code(f"the model factory {self.make_model}"), seeded(self.options["seed"]):
+            model = make()
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"the model factory gave a {type(model).__name__}, not a module")
+        if next(model.parameters(), None) is None:
+            raise ValueError("the model factory gave a module without parameters")
+        return model
+
     def _pattern(self, word: str) -> pruning.Channels | pruning.NofM:
         if word == "channels":
             return pruning.Channels(multiple_of=self.multiple_of)
         keep, _, group = word.partition(":")
-        if not (keep.isdigit() and group.isdigit()):
-            raise ValueError(f"pattern must be channels or keep:group as 2:4, got {word!r}")
+        known = [f"{keep}:{group}" for keep, group in PATTERNS]
+        if word not in known:
+            raise ValueError(
+                f"pattern must be channels or, as keep:group, one of {', '.join(known)}; got "
+                f"{word!r}"
+            )
         return pruning.NofM(int(keep), int(group))
 
-    @property
-    def _evaluate(self) -> tuple[Callable[[nn.Module], float] | None, bool]:
-        """The user's own metric, or None; whether higher is better."""
-        if self.metric in ("accuracy", "loss"):
-            return None, self.metric == "accuracy"
-        if ":" not in self.metric:
+    def _example(self, test: Iterable[Any]) -> Any:
+        """What a forward of a search has: the first rows of the first test batch."""
+        inputs, _ = first_batch(test, "test")
+        tensors = [tensor for tensor in tensors_of(inputs) if tensor.ndim]
+        most = min((len(tensor) for tensor in tensors), default=0)
+        if self.rows is not None and self.rows > most:
             raise ValueError(
-                f"metric must be accuracy, loss or module:function, got {self.metric!r}"
+                f"--rows {self.rows} is more than the first test batch has, which is {most}; ask "
+                "for fewer, or let the test loader make larger batches"
             )
-        return self.named(self.metric), True
-
-    @property
-    def _loaders(self) -> tuple[Iterable[Any], Iterable[Any]]:
-        made = self.make_data()
-        if not isinstance(made, (tuple, list)) or len(made) != 2:
-            raise ValueError("the data factory must return (training loader, test loader)")
-        for name, loader in zip(("training", "test"), made, strict=True):
-            batch = next(iter(itertools.islice(loader, 1)), None)
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError(f"the {name} loader must yield (inputs, target), and at least one")
-        return made[0], made[1]
+        return first_rows(inputs, self.rows)
 
     def _packed(self, finished: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-        """A packed copy, and the report of compress."""
+        """A packed copy, and the report of compress; None where there is nothing to pack."""
         model = copy.deepcopy(finished)
         if type(model) in CONVERTERS:  # it cannot be swapped in place
             return model, None
         masks = [p for p in map(self._pattern, self.patterns) if isinstance(p, pruning.NofM)]
+        if not masks:
+            return model, None
         # The sparsest first: what keeps 1 of 4 would fit 2:4 as well, at twice the bytes.
         for pattern in sorted(masks, key=lambda p: p.keep / p.group)[:-1]:
             sparse_ops.compress(model, example, keep=pattern.keep, group=pattern.group)
-        last = max(masks, key=lambda p: p.keep / p.group, default=pruning.NofM(2, 4))
+        last = max(masks, key=lambda p: p.keep / p.group)
         return model, sparse_ops.compress(model, example, keep=last.keep, group=last.group)
 
     def _finish(
@@ -180,15 +254,15 @@ class Job:
         model.eval()
         with torch.no_grad():
             value = metric(model)
-        sparse_ops.save(model, self.out / "model", overwrite=True)
-        size = sum(path.stat().st_size for path in (self.out / "model").iterdir())
+        sparse_ops.save(model, self.out / MODEL, overwrite=True)
+        size = sum(path.stat().st_size for path in (self.out / MODEL).iterdir())
         summary = {**found.as_dict(), "packed": {"metric": value, "bytes_on_disk": size,
                    "verified": checked.ok}}  # fmt: skip
-        (self.out / "search" / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (self.out / SEARCH / REPORT).write_text(json.dumps(summary, indent=1) + "\n")
         if _can_draw():
-            found.draw(self.out / "search" / "front.png")
-        for text in (found, report, checked):
-            console.print(str(text), highlight=False, markup=False, soft_wrap=True)
+            found.draw(self.out / SEARCH / PICTURE)
+        for text in (str(part) for part in (found, report, checked) if part is not None):
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         console.print(
             f"Wrote {self.out}/model ({size:,} bytes, metric {value:.4g}) and {self.out}/search.",
             highlight=False,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +16,10 @@ from slimgemm.kernels.formats import check as check_packed
 from slimgemm.sparse_ops.checkpoint import MANIFEST, TENSORS, load, read_manifest
 from slimgemm.sparse_ops.report import as_table
 
+# Tensors that a layer's weight is stored as.
+WEIGHT = ("weight", "values", "meta", "in_index", "out_index")
+INSIDE = "model"  # where slimgemm prune puts the checkpoint in its --out
+
 
 @dataclass(frozen=True)
 class SavedCheck:
@@ -23,6 +28,23 @@ class SavedCheck:
     what: str
     ok: bool
     detail: str
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The checkpoint that a folder is, or that `slimgemm prune` left inside it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for place in (folder, folder / INSIDE):
+        if (place / MANIFEST).is_file():
+            return place
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give one that sparse_ops.save wrote")
+    raise ValueError(
+        f"there is no {MANIFEST} in {folder} nor in {folder / INSIDE}; give a folder that "
+        "sparse_ops.save wrote, or --out of a slimgemm prune that came to its end"
+    )
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -36,15 +58,22 @@ def contents(folder: Path) -> dict[str, Any]:
     layers = []
     for name in sorted({*manifest["shrunk"], *manifest["swapped"]}):
         shrunk, swapped = manifest["shrunk"].get(name), manifest["swapped"].get(name)
-        owned = sum(nbytes for key, nbytes in sizes.items() if key.rpartition(".")[0] == name)
+        prefix = f"{name}." if name else ""
+        own = {leaf: sizes.get(prefix + leaf) for leaf in WEIGHT}
+        stored = sum(size.nbytes for size in own.values() if size is not None)
+        size = own["values"] or own["weight"]
+        shape = _dense_shape(shrunk, swapped)
+        dense = math.prod(shape) * size.itemsize if size is not None else 0
         layers.append(
             {
                 "layer": name,
                 "class": swapped["class"] if swapped else shrunk["class"],
                 "replaces": swapped["replaces"] if swapped else shrunk["class"],
                 "kept": _kept(shrunk, swapped),
-                "dense_shape": swapped["dense_shape"] if swapped else shrunk["shapes"]["weight"],
-                "bytes": owned,
+                "dense_shape": shape,
+                "stored_bytes": stored,
+                "dense_bytes": dense,
+                "stored_over_dense": stored / dense if dense else None,
             }
         )
     return {
@@ -52,18 +81,45 @@ def contents(folder: Path) -> dict[str, Any]:
         "tool": manifest["tool"],
         "format_version": manifest["version"],
         "tensors": len(sizes),
-        "tensor_bytes": sum(sizes.values()),
+        "tensor_bytes": sum(size.nbytes for size in sizes.values()),
         "file_bytes": sum((folder / name).stat().st_size for name in (TENSORS, MANIFEST)),
         "layers": layers,
     }
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Tensor name -> bytes."""
+class _Size(NamedTuple):
+    """Bytes of a tensor, and of one of its elements."""
+
+    nbytes: int
+    itemsize: int
+
+
+def _sizes(folder: Path) -> dict[str, _Size]:
+    """Tensor name -> its size."""
     from safetensors import safe_open
 
     with safe_open(folder / TENSORS, framework="pt") as file:
-        return {key: file.get_tensor(key).nbytes for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {key: _Size(t.nbytes, t.itemsize) for key, t in tensors.items()}
+
+
+def _dense_shape(shrunk: dict[str, Any] | None, swapped: dict[str, Any] | None) -> list[int]:
+    """Shape of the weight before anything was cut."""
+    found = swapped["dense_shape"] if swapped else (shrunk or {})["shapes"].get("weight", [])
+    shape = list(found)
+    if shrunk is None:
+        return shape
+    groups = shrunk["attributes"].get("groups", 1)
+    for axis, key in enumerate(("kept_out", "kept_in")):
+        if key not in shrunk or axis >= len(shape):
+            continue
+        kept, width = len(shrunk[key]["index"]), shrunk[key]["width"]
+        if axis == 1 and groups > 1:
+            # A depthwise layer has a group for each channel, others as many groups as before.
+            shape[1] = shape[1] if groups == kept else width // groups
+        else:
+            shape[axis] = width
+    return shape
 
 
 def _kept(shrunk: dict[str, Any] | None, swapped: dict[str, Any] | None) -> str:
@@ -79,17 +135,22 @@ def _kept(shrunk: dict[str, Any] | None, swapped: dict[str, Any] | None) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The contents as text."""
+    """The contents as text; bytes are of weights, without biases."""
     rows = [
         [row["layer"], row["class"], "x".join(map(str, row["dense_shape"])), row["kept"],
-         f"{row['bytes']:,}"]
+         f"{row['stored_bytes']:,}", f"{row['dense_bytes']:,}",
+         f"{100 * (row['stored_over_dense'] or 0):.1f} %"]
         for row in found["layers"]
     ]  # fmt: skip
     title = f"{found['folder']}: {found['tool']}"
-    head = as_table(title, ["layer", "class", "weight as dense", "kept", "bytes"], rows)
+    columns = ["layer", "class", "dense weight", "kept", "bytes stored", "bytes dense", "share"]
+    stored = sum(row["stored_bytes"] for row in found["layers"])
+    dense = sum(row["dense_bytes"] for row in found["layers"])
+    total = f" These weights: {stored:,} of {dense:,} bytes dense." if dense else ""
     return (
-        f"{head}\n{found['tensors']} tensors, {found['tensor_bytes']:,} bytes; "
-        f"{found['file_bytes']:,} bytes on disk. Layers that are not listed are dense."
+        f"{as_table(title, columns, rows)}\n{found['tensors']} tensors, "
+        f"{found['tensor_bytes']:,} bytes; {found['file_bytes']:,} bytes on disk. Layers that are "
+        f"not listed are as in the dense model.{total}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,6 +134,10 @@ class FineTune:
     rate: float = 1e-3
     optimizer: Callable[..., Optimizer] = torch.optim.Adam
     recalibrate: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate must be a positive learning rate, got {self.rate}")
 
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Train in place for this many optimizer steps; masks are kept."""

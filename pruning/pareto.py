@@ -40,16 +40,16 @@ class Pareto:
             raise ValueError(f"Pareto needs a trial and a population of 2 or more, got {self}")
 
     def begin(self, task: Task) -> ParetoSearch:
-        """A search that offers one snapshot after the other.
-
-        Raises:
-            ValueError: optuna is missing.
-        """
-        if importlib.util.find_spec("optuna") is None:
-            raise ValueError(
-                "method pareto needs optuna; pip install 'slimgemm[search]', or use netadapt"
-            )
+        """A search that offers one snapshot after the other."""
         return ParetoSearch(self, task)
+
+
+def require_optuna() -> None:
+    """Raise ValueError where optuna is missing."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError(
+            "method pareto needs optuna; pip install 'slimgemm[search]', or use netadapt"
+        )
 
 
 class ParetoSearch:

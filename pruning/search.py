@@ -28,7 +28,7 @@ from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.journal import Journal, run_key
 from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.netadapt import NetAdapt
-from slimgemm.pruning.pareto import Pareto
+from slimgemm.pruning.pareto import Pareto, require_optuna
 from slimgemm.pruning.patterns import Channels, NofM, Pattern, check_whole
 from slimgemm.pruning.profile import forward_times, layer_times, measure_latency
 from slimgemm.pruning.report import packed_patterns
@@ -46,6 +46,7 @@ from slimgemm.pruning.task import (
 )
 
 METHODS: dict[str, Callable[[], Any]] = {"netadapt": NetAdapt, "pareto": Pareto, "amc": AMC}
+JOURNAL = "candidates.jsonl"  # in the folder of a search
 TRIES = 8  # allocations that are finished and measured before it gives up
 
 
@@ -74,6 +75,8 @@ class Search(Amount):
         deploy: copy of a finished model -> the model that is timed, as one that compresses it.
         joules: model -> measured millijoules of a forward; max_energy_mj is of these then.
         folder: journal, snapshots and pictures; a killed search with the same folder goes on.
+        tag: what else the results depend on, as the names of metric and data; a folder is of this
+            search only where its tag is the same.
         show: progress bars.
     """
 
@@ -100,11 +103,14 @@ class Search(Amount):
     deploy: Callable[[nn.Module], nn.Module] | None = field(default=None, repr=False)
     joules: Callable[[nn.Module], float] | None = field(default=None, repr=False)
     folder: str | os.PathLike[str] | None = field(default=None, repr=False)
+    tag: str = ""
     show: bool = field(default=True, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method == "pareto" or isinstance(self.method, Pareto):
+            require_optuna()
         if self.energy not in ENERGY:
             raise ValueError(f"energy must be one of {', '.join(ENERGY)}, got {self.energy!r}")
         for pattern in self.patterns:
@@ -163,16 +169,19 @@ class Search(Amount):
         except Infeasible as error:
             raise Infeasible(". ".join([str(error), *task.lost]), error.best) from None
 
-    def _task(self, model: nn.Module, example_inputs: Inputs, folder: Path) -> Task:
+    def key(self, model: nn.Module, example_inputs: Inputs) -> str:
+        """What the journal of this search begins with: a digest of options, model and inputs."""
         # repr leaves out what is no option: callables, data, the table, the folder.
-        key = run_key([repr(self), torch.__version__], model, example_inputs)
+        return run_key([repr(self), torch.__version__], model, example_inputs)
+
+    def _task(self, model: nn.Module, example_inputs: Inputs, folder: Path) -> Task:
         choices = Choices(
             self.patterns, self.score, self.calibration, self.ignore, self.seed, ENERGY[self.energy]
         )
         task = Task(
             model, example_inputs, choices, self.evaluate, self.higher_is_better, self.finetune,
             self.short, self.long, self.limits, self.seed,
-            Journal(folder / "candidates.jsonl", key), folder, self.show,
+            Journal(folder / JOURNAL, self.key(model, example_inputs)), folder, self.show,
         )  # fmt: skip
         differs = differing_outputs(model, example_inputs)
         if differs is not None:

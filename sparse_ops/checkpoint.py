@@ -57,7 +57,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], *, overwrite: bool = 
     from safetensors.torch import save_file
 
     target = Path(folder)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     tensors, aliases = _tensors(model)
     masks = _masks(model)
     if clash := sorted(tensors.keys() & masks.keys()):
@@ -101,7 +101,7 @@ def _masks(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Raise ValueError unless `target` is free, or a checkpoint that may be replaced."""
     if not target.exists():
         return

@@ -2,8 +2,11 @@ import json
 import re
 
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
+from slimgemm import pruning, sparse_ops
 from slimgemm.benchmarks.cli import app
 
 MODULE = """
@@ -35,8 +38,45 @@ def make_data():
 def negative_loss(model):
     return -float(nn.functional.cross_entropy(model(x[128:]), y[128:]))
 
+def not_a_number(model):
+    return float("nan")
+
 def not_a_model():
     return 3
+
+def no_parameters():
+    return nn.ReLU()
+
+def broken():
+    raise KeyError("weights.pt")
+
+def broken_metric(model):
+    return model.absent
+
+def loss_per_row(outputs, target):
+    return nn.functional.cross_entropy(outputs, target, reduction="none")
+
+def frozen():
+    return make_model().requires_grad_(False)
+
+def unsavable():
+    class Extra(nn.Sequential):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    return Extra(make_model())
+
+def once():
+    train, test = make_data()
+    return train, iter(test)
+
+def shuffled():
+    train, test = make_data()
+    return train, DataLoader(test.dataset, 64, shuffle=True)
+
+def one_hot():
+    train, test = make_data()
+    return train, [(a, nn.functional.one_hot(b, 4)) for a, b in test]
 
 number = 3
 """
@@ -51,9 +91,9 @@ def cli(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
 
     def run(command, *arguments):
-        given = [str(a).replace("USER", name) for a in arguments]
-        return CliRunner().invoke(app, [command, *given])
+        return CliRunner().invoke(app, [command, *(run.named(str(a)) for a in arguments)])
 
+    run.named = lambda text: text.replace("USER", name)
     return run
 
 
@@ -71,9 +111,10 @@ def test_prune_inspect_and_verify(cli, tmp_path):
     assert again.exit_code == 0
     assert json.loads((tmp_path / "out/search/report.json").read_text()) == report
 
-    shown = cli("inspect", "out/model")
+    shown = cli("inspect", "out")  # finds out/model
     assert shown.exit_code == 0 and "bytes on disk" in shown.output
     contents = json.loads(cli("inspect", "out/model", "--json").output)
+    assert contents == json.loads(cli("inspect", "out", "--json").output)
     rows = {row["layer"]: row for row in contents["layers"]}
     for layer, word in report["allocation"]["patterns"].items():
         assert word in rows[layer]["kept"] and rows[layer]["class"] == "SparseLinear24"
@@ -81,7 +122,7 @@ def test_prune_inspect_and_verify(cli, tmp_path):
         assert f"{kept} of " in rows[group.split(" + ")[0]]["kept"]
     assert report["allocation"]["channels"] or report["allocation"]["patterns"]
 
-    sound = cli("verify", "out/model", "USER:make_model")
+    sound = cli("verify", "out", "USER:make_model")
     assert sound.exit_code == 0 and "it loads into the model" in sound.output
     assert "WRONG" in cli("verify", "out/model", "torch.nn:Identity").output
     weights = tmp_path / "out/model/model.safetensors"
@@ -109,10 +150,6 @@ def tamper(folder, name):
 
 
 def test_packed_groups_are_checked_without_the_model(cli, tmp_path):
-    import torch
-    from torch import nn
-
-    from slimgemm import pruning, sparse_ops
     from slimgemm.benchmarks import saved
 
     model = nn.Sequential(nn.Linear(16, 8), nn.Conv2d(16, 8, 3))
@@ -150,7 +187,27 @@ def test_a_metric_of_the_user_and_a_loss(cli):
         (["USER:number", "USER:make_data"], "is a int, it must be a function"),
         (["USER:not_a_model", "USER:make_data"], "gave a int, not a module"),
         (["USER:make_model", "USER:make_model"], r"must return \(training loader, test loader\)"),
-        (["USER:make_model", "USER:make_data", "--pattern", "x"], "must be channels or keep:group"),
+        (["./USER.py:make_model", "USER:make_data"], r"is a path; write USER:make_model and run"),
+        (["USER:no_parameters", "USER:make_data"], "gave a module without parameters"),
+        (["USER:frozen", "USER:make_data"], "every parameter is frozen"),
+        (["USER:unsavable", "USER:make_data"], "_extra_state in the state dict is a dict"),
+        (["USER:make_model", "USER:once"], "the test loader can be read only once"),
+        (["USER:make_model", "USER:shuffled"], "first batch differs from pass to pass"),
+        (["USER:make_model", "USER:one_hot"],
+         r"compares classes \[64\] .* outputs \[64, 4\] .* with targets \[64, 4\]; give --metric"),
+        (["USER:make_model", "USER:make_data", "--pattern", "x"],
+         "channels or, as keep:group, one of 2:4, 1:4, 1:8, 2:8, 4:8; got 'x'"),
+        (["USER:make_model", "USER:make_data", "--rows", "65"],
+         "--rows 65 is more than the first test batch has, which is 64"),
+        (["USER:make_model", "USER:make_data", "--rate", "-1"], "positive learning rate, got -1"),
+        (["USER:make_model", "USER:make_data", "--loss", "USER:loss_per_row"],
+         r"loss must give one number as a tensor, got \[32\]"),
+        (["USER:make_model", "USER:make_data", "--metric", "USER:not_a_number"],
+         "metric not_a_number of the dense model is nan"),
+        (["USER:make_model", "USER:make_data", "--lower-is-better"], "for a metric of your own"),
+        (["USER:make_model", "USER:make_data", "--device", "warp9"],
+         "device must be cpu, cuda or cuda:NUMBER, got 'warp9'"),
+        (["USER:make_model", "USER:make_data", "--device", "meta"], "device must be cpu, cuda"),
         (["USER:make_model", "USER:make_data", "--metric", "x"], "metric must be accuracy, loss"),
         (["USER:make_model", "USER:make_data", "--method", "x"], "method must be one of"),
         (["USER:make_model", "USER:make_data", "--device", "cuda"], "torch sees no GPU"),
@@ -159,7 +216,150 @@ def test_a_metric_of_the_user_and_a_loss(cli):
 def test_bad_input_is_exit_code_2(cli, arguments, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = cli("prune", *arguments, "--max-drop", "1")
-    assert done.exit_code == 2 and re.search(message, done.output), done.output
+    assert done.exit_code == 2, done.output
+    last = done.output.splitlines()[-1]
+    assert last.startswith("error: ") and re.search(cli.named(message), last), done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("pattern", ["3:7", "4:2", "1:2", "0:4", "2:4:4"])
+def test_a_pattern_that_no_kernel_packs_is_refused_before_the_users_code(cli, pattern, tmp_path):
+    done = cli("prune", "nothing:make", "nothing:make", "--max-drop", "1", "--pattern", pattern)
+    assert done.exit_code == 2 and "one of 2:4, 1:4, 1:8, 2:8, 4:8" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_gpus_is_said(cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    done = cli("prune", "a:b", "a:b", "--max-drop", "1", "--device", "cuda:2")
+    assert done.exit_code == 2 and "device cuda:2 asked for, torch sees 2 GPUs" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["USER:broken", "USER:make_data"], "the model factory USER:broken raised KeyError: 'weig"),
+        (["USER:make_model", "USER:broken"], "the data factory USER:broken raised KeyError: 'weig"),
+        (["USER:make_model", "USER:make_data", "--metric", "USER:broken_metric"],
+         "the metric USER:broken_metric raised AttributeError: 'Sequential' object has no"),
+        (["syntax:make", "USER:make_data"], "importing syntax raised SyntaxError: "),
+        (["needs:make", "USER:make_data"], "importing needs raised ModuleNotFoundError: No module"),
+    ],
+)  # fmt: skip
+def test_what_the_users_code_raises_is_shown_and_said_in_a_line(
+    cli, arguments, message, tmp_path, capfd
+):
+    (tmp_path / "syntax.py").write_text("def make(:\n")
+    (tmp_path / "needs.py").write_text("import absent_package\n")
+    done = cli("prune", *arguments, "--max-drop", "1")
+    lines = done.output.splitlines()
+    assert done.exit_code == 2 and lines[-1].startswith(f"error: {cli.named(message)}"), done.output
+    # the traceback begins in the user's own file
+    assert any(str(tmp_path) in line for line in lines[:2]), done.output
+
+
+def test_folders_that_cannot_be_written_are_refused(cli, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "out/model").mkdir(parents=True)
+    (tmp_path / "out/model/notes.txt").write_text("mine")
+    (tmp_path / "mine/search").mkdir(parents=True)
+    (tmp_path / "mine/search/engine.py").write_text("mine")
+    for out, message in (
+        ("file", "file is a file; --out must be a folder"),
+        ("file/deeper", "--out file/deeper cannot be written: Not a directory"),
+        ("out", "out/model holds notes.txt, which is no part of a checkpoint"),
+        ("mine", "mine/search/engine.py is of no search; choose another folder"),
+    ):
+        done = cli("prune", "USER:make_model", "USER:make_data", "--max-drop", "1", "--out", out)
+        assert done.exit_code == 2 and message in done.output, done.output
+        assert len(done.output.splitlines()) == 1
+    kept = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    assert sorted(p.read_text() for p in kept if "user_" not in p.name) == ["mine"] * 3
+
+
+def files_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_that_failed_does_not_block_its_retry(cli, tmp_path):
+    whole = ["USER:make_model", "USER:make_data", *SHORT, "--pattern", "2:4"]
+    failed = cli("prune", *whole, "--max-macs", "50000")
+    assert failed.exit_code == 1, failed.output
+    found = files_of(tmp_path / "out/search")
+    assert found
+    # the same again goes on from what it found; another limit begins anew and loses nothing
+    assert cli("prune", *whole, "--max-macs", "50000").output == failed.output
+    done = cli("prune", *whole, "--max-macs", "110000")
+    assert done.exit_code == 0, done.output
+    assert "Moved out/search to out/earlier-1: it is of another run" in done.output
+    assert files_of(tmp_path / "out/earlier-1/search") == found
+    model = files_of(tmp_path / "out/model")
+    for changed in (["--rate", "0.01"], ["--metric", "loss"]):
+        done = cli("prune", *whole, "--max-macs", "110000", *changed)
+        assert done.exit_code == 0 and "Moved out/search and out/model" in done.output, done.output
+    assert files_of(tmp_path / "out/earlier-2/model") == model
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "earlier-1", "earlier-2", "earlier-3", "model", "search"
+    ]  # fmt: skip
+
+
+def test_a_damaged_journal_does_not_block_either(cli, tmp_path):
+    arguments = ["USER:make_model", "USER:make_data", *SHORT, "--max-macs", "110000"]
+    (tmp_path / "out/search").mkdir(parents=True)
+    (tmp_path / "out/search/candidates.jsonl").write_text("half a li\n")
+    done = cli("prune", *arguments)
+    assert done.exit_code == 0, done.output
+    moved = tmp_path / "out/earlier-1/search/candidates.jsonl"
+    assert moved.read_text() == "half a li\n"
+
+
+def test_a_metric_of_which_less_is_better(cli, tmp_path):
+    (tmp_path / "less.py").write_text(
+        "import USER\ndef error(model): return -USER.negative_loss(model)\n".replace(
+            "USER", cli.named("USER")
+        )
+    )
+    done = cli("prune", "USER:make_model", "USER:make_data", "--max-macs", "110000", *SHORT,
+               "--metric", "less:error", "--lower-is-better")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    metric = json.loads((tmp_path / "out/search/report.json").read_text())["metric"]
+    assert metric["drop"] == metric["finished"] - metric["dense"]
+
+
+def test_inspect_says_what_is_stored_and_what_dense_would_take(cli, tmp_path):
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3), nn.Flatten(),
+                          nn.Linear(8, 16), nn.Linear(16, 4))  # fmt: skip
+    x = torch.zeros(1, 8, 5, 5)
+    channels = pruning.Channels(multiple_of=8)
+    pruning.plan(model, x, pattern=channels, amount=pruning.Uniform(0.5), ignore=["4", "5"]).apply(
+        model
+    )
+    pruning.plan(model[5], torch.zeros(1, 16), pattern=pruning.NofM(2, 4)).apply(model[5])
+    sparse_ops.compress(model, x)
+    sparse_ops.save(model, tmp_path / "small")
+    rows = {
+        row["layer"]: row for row in json.loads(cli("inspect", "small", "--json").output)["layers"]
+    }
+    assert rows["0"]["dense_shape"] == [32, 8, 3, 3] and rows["2"]["dense_shape"] == [8, 32, 3, 3]
+    assert rows["0"]["dense_bytes"] == 32 * 8 * 9 * 4
+    assert rows["0"]["stored_bytes"] == 16 * 8 * 9 * 4 and rows["0"]["stored_over_dense"] == 0.5
+    assert rows["5"]["kept"].startswith("2:4") and rows["5"]["dense_shape"] == [4, 16]
+    assert rows["5"]["stored_bytes"] == 4 * (8 * 4 + 2)  # half of 16 columns, two bytes
+    text = cli("inspect", "small").output
+    assert "bytes stored" in text and "bytes dense" in text and "50.0 %" in text
+    assert f"{sum(row['dense_bytes'] for row in rows.values()):,} bytes dense" in text
+
+
+def test_grouped_convolutions_are_shown_at_their_width():
+    from slimgemm.benchmarks import saved
+
+    index = {"width": 32, "index": list(range(16))}
+    entry = {"kept_out": index, "kept_in": index, "shapes": {"weight": [16, 1, 3, 3]}}
+    depthwise = {**entry, "attributes": {"groups": 16}}
+    assert saved._dense_shape(depthwise, None) == [32, 1, 3, 3]
+    grouped = {**entry, "attributes": {"groups": 4}, "shapes": {"weight": [16, 4, 3, 3]}}
+    assert saved._dense_shape(grouped, None) == [32, 8, 3, 3]
 
 
 def test_a_search_needs_a_limit(cli):
@@ -167,8 +367,12 @@ def test_a_search_needs_a_limit(cli):
     assert done.exit_code == 2 and "a search needs a limit" in done.output
 
 
-def test_folders_that_are_no_checkpoints(cli, tmp_path):
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_folders_that_are_no_checkpoints(cli, tmp_path, command):
     (tmp_path / "empty").mkdir()
-    assert cli("inspect", "empty").exit_code == 2
-    assert cli("verify", "absent").exit_code == 2
-    assert cli("verify", "empty").exit_code == 1
+    for folder, message in (
+        ("empty", "there is no prune.json in empty nor in empty/model; give a folder"),
+        ("absent", "absent is no folder"),
+    ):
+        done = cli(command, folder)
+        assert done.exit_code == 2 and message in done.output

@@ -101,3 +101,6 @@ def test_fine_tuning_by_steps_repeats_with_its_seed():
     assert torch.equal(before, first[0].weight)
     with pytest.raises(ValueError, match="the loader is empty"):
         FineTune([], F.cross_entropy)(first, 1)
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="rate must be a positive learning rate, got"):
+            FineTune([], F.cross_entropy, rate)

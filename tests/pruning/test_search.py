@@ -196,6 +196,22 @@ def test_a_folder_of_another_search_is_refused(searching, blobs, dense_macs, tmp
         searching(max_macs=0.7 * dense_macs, folder=tmp_path).run(blobs.model, blobs.example)
 
 
+def test_a_folder_with_another_tag_is_of_another_search(searching, blobs, dense_macs, tmp_path):
+    options = {"max_macs": 0.8 * dense_macs, "folder": tmp_path}
+    search = searching(**options, tag="rate 1e-3")
+    search.run(blobs.model, blobs.example)
+    assert search.key(blobs.model, blobs.example) in (tmp_path / "candidates.jsonl").read_text()
+    with pytest.raises(ValueError, match="is of another run"):
+        searching(**options, tag="rate 1e-2").run(blobs.model, blobs.example)
+
+
+def test_a_missing_library_is_named_before_anything_runs(searching, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for method in ("pareto", Pareto(trials=3)):
+        with pytest.raises(ValueError, match="method pareto needs optuna; pip install"):
+            searching(max_macs=1, method=method)
+
+
 def known_latency(space, table, **options):
     """A layer takes in * out / 10 us, packed a third; nothing beside layers takes time."""
     for site, pattern, (out, into) in profile.wanted_times(space):
