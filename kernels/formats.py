@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 BYTE_WEIGHTS = 8  # dense weights that one byte of meta covers, for every pattern
 PATTERNS = ((2, 4), (1, 4), (1, 8), (2, 8), (4, 8))  # keep, group
+LEAST_SAVING = 0.1  # a layer is packed when that saves at least this share of its weight's bytes
 
 
 class Packed24(NamedTuple):

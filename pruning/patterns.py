@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimgemm.kernels.formats import PATTERNS
+from slimgemm.kernels.formats import LEAST_SAVING, PATTERNS
 from slimgemm.pruning.transposable import transposable_mask
 
 LOWEST = float("-inf")
@@ -176,13 +176,18 @@ class NofM(Pattern):
         return like_weight(kept, scores.shape).contiguous()
 
     def stored_bytes(self, mask: Tensor, itemsize: int) -> int:
-        """Packed: `keep` values per group and one byte per 8 weights, K padded to 8; or dense."""
+        """Packed: `keep` values per group and one byte per 8 weights, K padded to 8.
+
+        Dense where no format packs it, or where packing saves less than LEAST_SAVING.
+        """
+        dense = super().stored_bytes(mask, itemsize)
         if not self.packs:
-            return super().stored_bytes(mask, itemsize)
+            return dense
         rows = rows_of(mask)
         columns = rows.shape[1] * (-(-rows.shape[2] // 8) * 8)
         values = rows.shape[0] * -(-columns * self.keep // self.group)
-        return values * itemsize + rows.shape[0] * columns // 8
+        packed = values * itemsize + rows.shape[0] * columns // 8
+        return packed if packed <= (1 - LEAST_SAVING) * dense else dense
 
 
 @dataclass(frozen=True)

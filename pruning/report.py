@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from slimgemm.kernels.formats import PATTERNS
+from slimgemm.kernels.formats import LEAST_SAVING, PATTERNS
 from slimgemm.pruning.patterns import Channels, NofM, Pattern
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ def storage_notes(pattern: Pattern, entries: Sequence[LayerPlan]) -> tuple[str, 
             f"No format packs {pattern}: these weights keep their dense bytes, zeros included "
             f"(packed are {packed_patterns()})",
         )
-    larger = [entry.name for entry in entries if entry.pruned_bytes > entry.dense_bytes]
-    if not larger:
+    if isinstance(pattern, Channels):
         return ()
-    return (
-        f"Stored in this pattern these weights take more bytes than dense: {', '.join(larger)}",
+    return tuple(
+        f"{entry.name}: compress will leave it dense, zeros included: packed it would save less "
+        f"than {100 * LEAST_SAVING:g} % of its bytes; ignore it to keep all its weights"
+        for entry in entries
+        if entry.refusal is None and entry.pruned_bytes == entry.dense_bytes
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.kernels.dispatch import untuned
-from slimgemm.kernels.formats import Packed24, check, check_pattern
+from slimgemm.kernels.formats import LEAST_SAVING, Packed24, check, check_pattern
 from slimgemm.kernels.timing import time_us
 from slimgemm.sparse_ops.channels import ChannelConv2d, ChannelLinear
 from slimgemm.sparse_ops.conv import SparseConv2d24
@@ -34,8 +34,6 @@ CONVERTERS: dict[type[nn.Module], tuple[Any, Any]] = {
 }
 # Its fast path, taken for some inputs only, reads the weights of the layers inside it.
 READER = nn.TransformerEncoderLayer
-# A layer is swapped when that saves at least this share of its weight's bytes.
-LEAST_SAVING = 0.1
 
 
 def modules_with_names(model: nn.Module) -> dict[nn.Module, list[str]]:

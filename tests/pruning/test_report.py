@@ -4,7 +4,7 @@ import sys
 import torch
 from torch import nn
 
-from slimgemm import pruning
+from slimgemm import pruning, sparse_ops
 from slimgemm.pruning.report import amount, energy
 
 
@@ -34,10 +34,21 @@ def test_table_has_each_layer_and_each_reason():
         assert part in text, part
 
 
-def test_a_note_names_weights_that_grow():
-    model = nn.Sequential(nn.Linear(3, 32))
-    plan = pruning.plan(model, torch.zeros(1, 3), pattern=pruning.NofM(2, 4))
-    assert "more bytes than dense: 0" in str(plan)
+def test_a_note_names_each_layer_that_compress_will_leave_dense():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 32, 1), nn.Conv2d(32, 8, 1))
+    x = torch.zeros(1, 3, 4, 4)
+    plan = pruning.plan(model, x, pattern=pruning.NofM(2, 4), ignore=["2"])
+    note = (
+        "0: compress will leave it dense, zeros included: packed it would save less than 10 % of "
+        "its bytes; ignore it to keep all its weights"
+    )
+    assert plan.notes == (note,) and note in str(plan)
+    plan.apply(model)
+    rows = {row.name: row for row in sparse_ops.compress(model, x).layers}
+    assert not rows["0"].packed and rows["0"].reason.endswith("must save at least 10 %")
+    assert rows["1"].packed
+    assert [e.pruned_bytes for e in plan.pruned] == [rows["0"].dense_bytes, rows["1"].packed_bytes]
 
 
 def test_import_is_light():
