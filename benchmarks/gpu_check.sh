@@ -4,21 +4,26 @@
 #     OUT=folder benchmarks/gpu_check.sh              # needs python3 with torch, triton, pytest
 #     benchmarks/gpu_check.sh --dry-run               # says what would run, and for how long
 #     benchmarks/gpu_check.sh --tiny                  # runs it on tiny shapes, GPU or not
+#     benchmarks/gpu_check.sh --only spmm_24          # this part alone; may be repeated
 #
-# Each part has a time limit of its own. After each part $OUT (out, unless given) holds what there
-# is by then: summary.txt, log.txt and results.tar.gz with every recorded file. Exit code 1 if a
-# part failed, 2 for bad input.
+# Each part is a process of its own with a time limit of its own. After each part $OUT (out, unless
+# given) holds what there is by then: summary.txt, log.txt and results.tar.gz with every recorded
+# file. SLIMGEMM_COMMIT names the commit where there is no git. Exit code 1 if a part failed, 2 for
+# bad input.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-dry="" tiny=""
-for word in "$@"; do
-    case "$word" in
+dry="" tiny="" only=()
+while [ $# -gt 0 ]; do
+    case "$1" in
         --dry-run) dry=1 ;;
         --tiny) tiny=1 ;;
-        *) echo "error: unknown argument $word; there are --dry-run and --tiny" >&2; exit 2 ;;
+        --only) only+=("${2:?--only needs the name of a part}"); shift ;;
+        *) echo "error: unknown argument $1; there are --dry-run, --tiny, --only" >&2; exit 2 ;;
     esac
+    shift
 done
+known=""
 python="${PYTHON:-python3}"
 limit="${GPU_CHECK_SECONDS:-$([ -n "$tiny" ] && echo 1800 || echo 525)}"  # of all parts together
 out="${OUT:-out}"
@@ -44,10 +49,19 @@ save() {
     tar -czf "$out/.results" -C "$work" results && mv "$out/.results" "$out/results.tar.gz"
 }
 
+wanted() {  # NAME
+    local one
+    [ ${#only[@]} -eq 0 ] && return 0
+    for one in "${only[@]}"; do [ "$one" = "$1" ] && return 0; done
+    return 1
+}
+
 # part NAME SECONDS COMMAND...
 part() {
     local name="$1" most="$2" left=$((limit - SECONDS)) status=0 start=$SECONDS
     local counted="${count_tests:-}" said=""
+    known="$known, $name"
+    wanted "$name" || return 0
     # Tiny shapes take no time of their own, but a CPU may be busy or slow.
     [ -n "$tiny" ] && most=$((most * 4))
     shift 2
@@ -99,37 +113,47 @@ bench_part() {  # NAME SECONDS ARGUMENTS...
 }
 
 shapes=check workers=""
-# Kernels compile side by side, and a test that breaks the GPU's context breaks one worker's.
+# Kernels compile side by side. A test that breaks the GPU's context, or never ends, takes one
+# worker with it, and xdist starts another.
 "$python" -c "import xdist" 2> /dev/null && workers="-n 4"
+"$python" -c "import pytest_timeout" 2> /dev/null && [ -n "$workers" ] &&
+    workers="$workers --timeout 40 --timeout-method thread"
 [ -n "$tiny" ] && shapes=tiny
 nvidia-smi >> "$out/log.txt" 2>&1 || echo "no nvidia-smi" >> "$out/log.txt"
 
 gluon=tests/kernels/gluon/test_gpu.py
-if [ -n "$tiny" ]; then
-    # Without a GPU they are collected and skipped, which still finds a broken import.
-    test_part "instructions" 60 "$gluon"
-else
-    test_part "instructions" 60 "$gluon"
-    test_part "gpu tests" 60 -m gpu tests --ignore "$gluon"
-    test_part "kernels against their twins" 75 tests/kernels/test_spmm_24.py \
+# Without a GPU, or tiny, they are collected and skipped, which still finds a broken import.
+test_part "instructions" 50 "$gluon"
+if [ -z "$tiny" ]; then
+    test_part "gpu tests" 45 -m gpu tests --ignore "$gluon"
+    test_part "kernels against their twins" 50 tests/kernels/test_spmm_24.py \
         tests/kernels/test_pack_24.py tests/kernels/test_gemm_channels.py \
         tests/kernels/test_conv_24.py tests/kernels/test_conv_channels.py
-fi
-if [ -e benchmarks/cli_tune.py ] && [ -z "$tiny" ]; then
     # Without --out: the table goes where dispatch looks for it, so that the parts below use it.
     part "tune" 75 "$python" -m slimgemm.benchmarks.cli tune --minutes 1 --tokens 1,64,4096
     [ -d "$work/cache/slimgemm" ] && cp -r "$work/cache/slimgemm" "$work/results/tune"
 fi
-bench_part "spmm_24" 90 --op spmm_24 --shapes "$shapes" --no-compiled
-bench_part "packing and overhead" 30 --op overhead --op pack_24 --op prune_24 \
+bench_part "spmm_24" 140 --op spmm_24 --shapes "$shapes" --no-compiled
+bench_part "packing and overhead" 35 --op overhead --op pack_24 --op prune_24 \
     --shapes "$shapes" --no-compiled
-bench_part "models" 75 --op models --shapes "$shapes" --no-compiled
-bench_part "convolutions, channels, gradients" 40 --op conv2d_24 --op gemm_channels \
-    --op conv2d_channels --op spmm_24_dgrad --op spmm_24_wgrad --op spmm_24_epilogue \
+bench_part "models" 60 --op models --shapes "$shapes" --no-compiled
+bench_part "8 bits, convolutions, channels" 50 --op scaled_spmm_24 --op conv2d_24 \
+    --op spmm_24_dgrad --op spmm_24_wgrad --op gemm_channels --op conv2d_channels \
+    --op conv2d_24_dgrad --op conv2d_24_wgrad --op spmm_24_epilogue --op gemm_channels_dgrad \
+    --op gemm_channels_wgrad --op conv2d_channels_dgrad --op conv2d_channels_wgrad \
     --shapes "$shapes" --no-compiled
 # With what time is left: compiling takes a minute for a few shapes.
 bench_part "spmm_24 against max-autotune" 120 --op spmm_24 --shapes "$shapes" \
     --out "$work/results/compiled" $([ -n "$tiny" ] && echo --no-compiled)
+for file in "$work"/results/compiled/*.csv; do
+    # As benchmarks/report.py looks for it.
+    [ -e "$file" ] && mv "$file" "$work/results/$(basename "$file" .csv)_compiled.csv" && save
+done
 
+for one in ${only[@]+"${only[@]}"}; do
+    [[ "$known, " = *", $one, "* ]] && continue
+    echo "error: no part is named $one; there are ${known#, }" >&2
+    exit 2
+done
 cat "$out/summary.txt"
 exit "$failed"

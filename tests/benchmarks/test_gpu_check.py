@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from slimgemm.benchmarks import bench
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 FAKE = """#!/bin/sh
 # Stands for python3: answers as pytest and slimgemm do.
@@ -18,7 +20,8 @@ case "$*" in
     *pytest*) echo "3 passed, 1 skipped in 0.1s" ;;
     *"cli tune"*) mkdir -p "$XDG_CACHE_HOME/slimgemm/tune"
                   echo '{}' > "$XDG_CACHE_HOME/slimgemm/tune/h200.json" ;;
-    *"--op spmm_24 "*) echo "row" > "$(echo "$*" | sed 's/.*--out \\([^ ]*\\).*/\\1/')/spmm.csv"
+    *"--op spmm_24 "*) folder="$(echo "$*" | sed 's/.*--out \\([^ ]*\\).*/\\1/')"
+                       mkdir -p "$folder" && echo "row" > "$folder/spmm.csv"
                        %s ;;
     *) exit 0 ;;
 esac
@@ -53,7 +56,7 @@ def test_the_plan_begins_with_the_instructions_and_ends_within_nine_minutes(tmp_
     assert done.returncode == 0, done.stderr
     assert list(parts) == [
         "instructions", "gpu tests", "kernels against their twins", "tune", "spmm_24",
-        "packing and overhead", "models", "convolutions, channels, gradients",
+        "packing and overhead", "models", "8 bits, convolutions, channels",
         "spmm_24 against max-autotune",
     ]  # fmt: skip
     limits = [int(re.split(r"\s{2,}", line)[1]) for line in parts.values()]
@@ -61,6 +64,22 @@ def test_the_plan_begins_with_the_instructions_and_ends_within_nine_minutes(tmp_
     assert "tests/kernels/gluon/test_gpu.py" in parts["instructions"]
     named = set(re.findall(r"tests/[\w/]+\.py", "\n".join(parts.values())))
     assert all((SCRIPT.parents[1] / name).is_file() for name in named)
+    # Every op is asked of the GPU.
+    assert set(re.findall(r"--op (\w+)", done.stdout)) == {*bench.OPS, "models"}
+
+
+def test_one_part_alone(tmp_path):
+    done, parts, held = check(tmp_path, "--only", "spmm_24", "--only", "models")
+    assert done.returncode == 0, done.stderr
+    assert list(parts) == ["spmm_24", "models"] and "spmm.csv" in held
+    done, parts, _ = check(tmp_path, "--only", "spmm")
+    assert done.returncode == 2 and not parts
+    assert "no part is named spmm; there are instructions, gpu tests, " in done.stderr
+
+
+def test_the_rows_of_max_autotune_lie_where_the_report_looks_for_them(tmp_path):
+    _, _, held = check(tmp_path, "--only", "spmm_24 against max-autotune")
+    assert "spmm_compiled.csv" in held and "spmm.csv" not in held
 
 
 def test_all_parts_run_and_are_kept(tmp_path):
@@ -98,4 +117,5 @@ def test_the_real_thing_on_tiny_shapes(tmp_path):
     done, parts, held = check(tmp_path, "--tiny", python=sys.executable, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout
     assert all(" ok" in line for line in parts.values())
-    assert sum(name.endswith(".csv") for name in held) == 12
+    # One of each op, of the models, and of what max-autotune would have been timed in.
+    assert sum(name.endswith(".csv") for name in held) == len(bench.OPS) + 2
