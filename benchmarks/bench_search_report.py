@@ -18,9 +18,11 @@ TITLES = {
     "minilm": "MiniLM (all-MiniLM-L6-v2): channels, no training, cosine to dense in percent",
 }
 INTRODUCTION = (
-    "Written by bench_search from search.json. Even: every group loses the same share, as near\n"
-    "below the limit as widths allow, and is fine-tuned for as many steps as the searched model.\n"
-    "The margin is searched less even, seed by seed; it counts where it is beyond its spread."
+    "Written by bench_search from search.json. Even: every group loses the same share; its cost\n"
+    "is the limit of the search. Both allocations are cut from the same dense model, and tuned\n"
+    "for so many steps over the same batches. The margin is searched less even, seed by seed\n"
+    "(mean ± standard deviation); it counts where it is beyond its spread. Finished: the model\n"
+    "that the search itself ends with, which was fine-tuned step by step."
 )
 METRICS = {"fashion": "accuracy_percent", "minilm": "cosine_percent"}
 Row = dict[str, Any]
@@ -73,34 +75,45 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def summary(rows: Sequence[Row], metric: str) -> list[Row]:
-    """A row per cost: the metric of both, their margin, and whether the limit held."""
+    """A row per cost and training: the metric of both, their margin, and whether the limit held."""
     found = []
-    for cost in dict.fromkeys(row["cost"] for row in rows if "cost" in row):
-        mine = [row for row in rows if row.get("cost") == cost and "failed" not in row]
+    mine = [row for row in rows if row.get("what") in ("searched", "even") and metric in row]
+    for cost, method, after in dict.fromkeys((r["cost"], r["method"], r["after"]) for r in mine):
         by = {
-            what: {r["seed"]: r for r in mine if r["what"] == what} for what in ("searched", "even")
+            what: {
+                r["seed"]: r
+                for r in mine
+                if (r["what"], r["cost"], r["method"], r["after"]) == (what, cost, method, after)
+            }
+            for what in ("searched", "even")
         }
         seeds = sorted(by["searched"].keys() & by["even"].keys())
         if not seeds:
             continue
         margins = [by["searched"][s][metric] - by["even"][s][metric] for s in seeds]
-        beyond = len(margins) > 1 and mean(margins) > stdev(margins)
+        beyond = "-" if len(seeds) < 2 else "yes" if mean(margins) > stdev(margins) else "no"
         share = {
             what: spread([100 * by[what][s]["value"] / by[what][s]["dense"] for s in seeds], 1)
             for what in by
         }
-        met = sum(by["searched"][s]["value"] <= by["searched"][s]["limit"] for s in seeds)
+        first = [by["searched"][s] for s in seeds]
+        met = sum(row["value"] <= row["limit"] for row in first)
         found.append(
             {
                 "cost": cost,
+                "method": method,
+                "steps": after,
                 "seeds": len(seeds),
-                "searched": spread([by["searched"][s][metric] for s in seeds]),
+                "searched": spread([row[metric] for row in first]),
                 "even": spread([by["even"][s][metric] for s in seeds]),
                 "margin": spread(margins),
-                "beyond_its_spread": "yes" if beyond else "no",
+                "beyond_its_spread": beyond,
                 "cost_searched_%_of_dense": share["searched"],
                 "cost_even_%": share["even"],
+                "limit_%": spread([100 * row["limit"] / row["dense"] for row in first], 1),
                 "limit_met_as_measured_again": f"{met} of {len(seeds)}",
+                "candidates": spread([row["candidates"] for row in first], 0),
+                "search_s": spread([row["search_s"] for row in first], 0),
             }
         )
     return found
@@ -111,6 +124,18 @@ def _prose(rows: Sequence[Row], metric: str) -> list[str]:
     dense = [row[metric] for row in rows if row["what"] == "dense"]
     if dense:
         lines += [f"Dense: {spread(dense)}.", ""]
+    for cost in dict.fromkeys(row["cost"] for row in rows if row["what"] == "finished"):
+        ends = [r[metric] for r in rows if r["what"] == "finished" and r["cost"] == cost]
+        lines += [f"Finished, {cost}: {spread(ends)}.", ""]
+    held = [r for r in rows if r["what"] == "finished" and "predicted" in r]
+    if held:
+        kept = sum(r["held_in_search"] <= r["limit"] for r in held)
+        off = [100 * abs(r["predicted"] / r["value"] - 1) for r in held]
+        lines += [
+            f"Latency limit met by the finished model as the search measured it: {kept} of "
+            f"{len(held)}; its prediction was off by at most {max(off):.1f} %.",
+            "",
+        ]
     errors = [abs(row["error_percent"]) for row in rows if row["what"] == "unseen"]
     if errors:
         within = sum(error <= 10 for error in errors)

@@ -3,7 +3,7 @@
 Conventions. MACs: convolutions and linear layers, one forward of the example inputs; a 2:4 layer
 counts the products that it keeps. Parameters: kept ones. Bytes: parameters and buffers as stored,
 2:4 packed. Moved bytes: weights once, layer inputs and outputs once. Energy: see pruning.energy.
-Latency: measured layers, and a rest that is measured too (see ModelLatency).
+Latency: layers measured alone, and how whole models relate to them (see ModelLatency).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ UNITS = {
     "energy_mj": "mJ",
     "latency_ms": "ms",
 }
+
+PRIOR = 1e-3  # weight of factor = 1 against a whole model's relative error
 
 
 @dataclass(frozen=True)
@@ -78,36 +80,49 @@ class LayerCosts:
 
 @dataclass
 class ModelLatency:
-    """Latency of a model: its layers from a table, everything else from whole models.
+    """Microseconds of a forward: us + per_byte * activation bytes + factor * layers alone.
 
-    Normalisations, activations and sums are not in the table. Their time is what measured whole
-    models take beyond their layers, linear between the activation bytes of these models.
+    Normalisations, activations and sums are not in the table, and a layer in a model does not meet
+    the caches that it meets alone; the three numbers are fitted to measured whole models.
 
     Args:
         table: of the layers.
-        rest: activation bytes of a measured model -> microseconds beyond its layers.
+        us: microseconds of every forward, whatever its widths.
+        per_byte: microseconds per byte that layers read and write.
+        factor: time of layers inside a model over their time alone.
         others: times of other calls that were measured along with them.
     """
 
     table: LatencyTable
-    rest: dict[int, float] = field(default_factory=dict)
+    us: float = 0.0
+    per_byte: float = 0.0
+    factor: float = 1.0
     others: dict[str, Times] = field(default_factory=dict)
 
-    def rest_us(self, activation_bytes: float) -> float:
-        """Microseconds beyond the layers.
+    def whole_us(self, layers_us: float, activation_bytes: float) -> float:
+        """Microseconds of a model whose layers take this long alone."""
+        return self.us + self.per_byte * activation_bytes + self.factor * layers_us
 
-        Raises:
-            ValueError: outside the measured models, or there is none.
+    def fit(self, layers_us: Sequence[float], bytes_: Sequence[float], us: Sequence[float]) -> None:
+        """Set the three numbers, none below zero: least squares of relative errors of whole models.
+
+        Few models leave them open; then the factor stays near 1, and the rest is shared evenly.
         """
-        known = sorted(self.rest)
-        slack = 1e-6 * (known[-1] if known else 0)
-        if not known or not known[0] - slack <= activation_bytes <= known[-1] + slack:
-            span = f"{known[0]} to {known[-1]}" if known else "nothing"
-            raise ValueError(
-                f"{activation_bytes:.0f} activation bytes are outside the measured ({span}); "
-                "measure one there"
-            )
-        return float(np.interp(activation_bytes, known, [self.rest[k] for k in known]))
+        whole = np.asarray(us, dtype=np.float64)
+        columns = [np.ones_like(whole), np.asarray(bytes_, float), np.asarray(layers_us, float)]
+        sizes = np.array([max(float(np.mean(c)), 1e-30) for c in columns])
+        rows = np.stack(columns, 1) / sizes / whole[:, None]
+        # The last row holds factor = 1, so lightly that a few models outweigh it.
+        rows = np.vstack([rows, [0, 0, PRIOR / sizes[2]]])
+        target = np.append(np.ones_like(whole), PRIOR)
+        best, least = np.zeros(3), float("inf")
+        for used in ([0, 1, 2], [0, 2], [1, 2], [2], [0, 1], [0], [1]):
+            found = np.zeros(3)
+            found[used] = np.linalg.lstsq(rows[:, used], target, rcond=None)[0]
+            error = float(np.square(rows @ found - target).sum())
+            if (found >= 0).all() and error < least:
+                best, least = found, error
+        self.us, self.per_byte, self.factor = (float(x) for x in best / sizes)
 
 
 class Geometry:
@@ -117,7 +132,7 @@ class Geometry:
         model, example_inputs: as for `plan`; one forward runs.
         coupling: from `trace`, or None where no channels are dropped.
         energy: table of the predicted energy.
-        latency: table and rest of the predicted latency, or None.
+        latency: of the predicted latency, or None.
     """
 
     def __init__(
@@ -223,7 +238,7 @@ class Geometry:
         latency = None
         if self.latency is not None:
             us = sum(layer.us for layer in layers.values())
-            latency = (us + self.latency.rest_us(self.activation_bytes(gone))) / 1e3
+            latency = self.latency.whole_us(us, self.activation_bytes(gone)) / 1e3
         return Costs(
             macs=sum(layer.macs for layer in layers.values()) + self._other_macs,
             params=params,

@@ -30,7 +30,7 @@ from slimgemm.pruning.sites import Site
 DENSE = "dense"
 # Layers timed in turn in one round: many, so that all meet the same clocks and the same load; but
 # they are all in memory at once.
-TOGETHER, TOGETHER_BYTES = 512, 1 << 30
+TOGETHER, TOGETHER_BYTES = 1024, 1 << 30
 Twin = Callable[[nn.Module, int, int], nn.Module]
 Width = tuple[int, int]
 

@@ -21,9 +21,9 @@ class Pool:
         self.tried: dict[str, tuple[Allocation, float, Costs]] = {}
 
     def made(self, allocation: Allocation) -> nn.Module:
-        """Cut and fine-tuned briefly; the same bytes whenever it is made."""
+        """Cut and fine-tuned briefly, all over the same batches; the same bytes each time."""
         model, _ = self.space.apply(allocation)
-        self.task.tuned(model, self.task.short, f"{self.method} {allocation.key}")
+        self.task.tuned(model, self.task.short, self.method)
         return model
 
     def drop(self, allocation: Allocation) -> float:
@@ -64,7 +64,7 @@ class Pool:
             raise self._infeasible(limits)
         allocation, value, _ = best
         model, surgery = self.space.apply(allocation)
-        self.task.tuned(model, self.task.short, f"{self.method} {allocation.key}")
+        self.task.tuned(model, self.task.short, self.method)
         return Snapshot(model, surgery, allocation, value)
 
     def _infeasible(self, limits: Limits) -> Infeasible:

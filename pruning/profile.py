@@ -1,14 +1,14 @@
 """profile: measures on this device what a predicted latency needs, and what it then really is.
 
-Layers are timed alone on a grid of widths; a few whole models, cut evenly, are timed to learn what
-the rest takes. All whole models of one call are timed in turn, so that they meet the same machine.
+Layers are timed alone on a grid of widths; a few whole models, cut evenly and at random, are timed
+to learn what the rest takes. All of them are timed in turn, so that they meet the same machine.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from slimgemm.pruning.sites import Site, inputs_of
 from slimgemm.pruning.space import Allocation, Space
 
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of evenly cut models that are timed whole
-POINTS = 5  # widths per axis of a layer's grid
+WHOLE = 8  # models with random widths that are timed whole beside them
+POINTS = 9  # widths per axis of a layer's grid
 
 
 def wanted_times(space: Space, points: int = POINTS) -> list[tuple[Site, str, Width]]:
@@ -44,6 +45,7 @@ def measure_latency(
     table: LatencyTable,
     *,
     points: int = POINTS,
+    whole: int = WHOLE,
     after: Callable[[int, int], None] | None = None,
     also: Mapping[str, Callable[[], Any]] | None = None,
 ) -> ModelLatency:
@@ -52,34 +54,38 @@ def measure_latency(
     Args:
         space: of the dense model.
         table: gains what is missing.
-        points: widths per axis of a layer's grid.
+        points: widths per axis of a layer's grid; where a layer has no more, all of them.
+        whole: models with random widths that are timed beside evenly cut ones.
         after: called with (layers done, layers in all).
         also: other calls, timed in the same rounds; their times are in `others` of the answer.
     """
     wanted = wanted_times(space, points)
     if table.twin is None:
         wanted = [item for item in wanted if item[1] == DENSE]
-    allocations = {a.key: a for a in (*map(space.uniform, SHARES), space.least({}))}
+    luck = random.Random(space.choices.seed)
+    asked = [*map(space.uniform, SHARES), space.least({}), *(space.any(luck) for _ in range(whole))]
+    allocations = {allocation.key: allocation for allocation in asked}
     models = {key: space.apply(allocation)[0].eval() for key, allocation in allocations.items()}
     calls = {key: forward_of(model, space.example_inputs) for key, model in models.items()}
     told = None if after is None else lambda n: after(n, len(wanted))
     times = table.measure(wanted, told, {**calls, **(also or {})})
     latency = ModelLatency(table, others={name: times[name] for name in also or {}})
-    rest: dict[int, list[float]] = {}
-    for key, allocation in allocations.items():
-        gone = space.gone(allocation.channels)
-        layers = sum(
-            site.calls * table.us(site, (shape[0], shape[1])) for site, shape in _at(space, gone)
-        )
-        place = math.floor(space.geometry.activation_bytes(gone))
-        rest.setdefault(place, []).append(table.of(times[key]) - layers)
-    latency.rest = {place: sum(us) / len(us) for place, us in rest.items()}
+    gone = [space.gone(allocation.channels) for allocation in allocations.values()]
+    latency.fit(
+        [_layers_us(space, table, units) for units in gone],
+        [space.geometry.activation_bytes(units) for units in gone],
+        [table.of(times[key]) for key in allocations],
+    )
     return latency
 
 
-def _at(space: Space, gone: Sequence[int]) -> Iterable[tuple[Site, tuple[int, ...]]]:
+def _layers_us(space: Space, table: LatencyTable, gone: Sequence[int]) -> float:
+    """Microseconds of all layers of a forward, each alone."""
     shapes = space.geometry.shapes(gone)
-    return [(site, shapes[name]) for name, site in space.geometry.sites.items()]
+    return sum(
+        site.calls * table.us(site, (shapes[name][0], shapes[name][1]))
+        for name, site in space.geometry.sites.items()
+    )
 
 
 def forward_times(

@@ -207,7 +207,7 @@ class Search(Amount):
         )  # fmt: skip
         if not own.is_file():
             table.times = copy.deepcopy(source.times)
-        if "rest" not in task.journal:
+        if "latency" not in task.journal:
             if isinstance(given, ModelLatency):
                 latency = given
                 table.save()
@@ -215,8 +215,9 @@ class Search(Amount):
                 latency = measure_latency(space, table)
                 source.times = copy.deepcopy(table.times)
                 source.save()
-            task.journal.add("rest", {"kind": "rest", "us": sorted(latency.rest.items())})
-        task.latency = ModelLatency(table, {int(k): us for k, us in task.journal["rest"]["us"]})
+            fitted = [latency.us, latency.per_byte, latency.factor]
+            task.journal.add("latency", {"kind": "latency", "fitted": fitted})
+        task.latency = ModelLatency(table, *task.journal["latency"]["fitted"])
         space.geometry.latency = task.latency
 
     def _calibrate(self, task: Task, space: Space) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,6 +223,10 @@ class Space:
             if best < total:
                 widths[name] = best
         return Allocation(widths)
+
+    def any(self, luck: random.Random) -> Allocation:
+        """Every group at one of its options, drawn at random."""
+        return Allocation({n: luck.choice(words) for n, words in self.options.items() if words})
 
     def apply(self, allocation: Allocation) -> tuple[nn.Module, channels.Surgery | None]:
         """A pruned copy of the model, and what was cut.

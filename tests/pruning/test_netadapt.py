@@ -1,13 +1,14 @@
 import pytest
+import torch
 
 from slimgemm.pruning import Channels, NetAdapt, NofM, Search, count_macs
 from slimgemm.pruning.netadapt import _price
 
 
-def records(blobs, **options):
+def records(blobs, tune=None, **options):
     macs = count_macs(blobs.model, blobs.example).macs
     search = Search(
-        blobs.accuracy, max_macs=0.5 * macs, finetune=blobs.tune, short=2, show=False,
+        blobs.accuracy, max_macs=0.5 * macs, finetune=tune or blobs.tune, short=2, show=False,
         method=NetAdapt(step=0.15, decay=0.9), patterns=(Channels(), NofM(2, 4)), **options,
     )  # fmt: skip
     return macs, search.run(blobs.model, blobs.example)
@@ -17,7 +18,7 @@ def test_each_step_takes_the_candidate_that_loses_least_per_saving(blobs):
     macs, found = records(blobs)
     steps = [r for r in found.records if r["kind"] == "step"]
     assert len(steps) >= 2
-    before, spent = found.dense_value, macs
+    spent = macs
     for place, step in enumerate(steps):
         tried = [
             r
@@ -25,14 +26,35 @@ def test_each_step_takes_the_candidate_that_loses_least_per_saving(blobs):
             if r["kind"] == "candidate" and r["key"].startswith(f"step {place} ")
         ]
         assert len(tried) >= 2
-        best = min(tried, key=lambda r: _price(before - r["value"], r["saving"]))
+        (uncut,) = [r["value"] for r in found.records if r["key"] == f"step {place} uncut"]
+        best = min(tried, key=lambda r: _price(uncut - r["value"], r["saving"]))
         assert step["allocation"] == best["allocation"] and step["value"] == best["value"]
         # every channel candidate saves what the step asks, or is the most that its group can
         goal = 2 * 0.15 * 0.9**place  # in units of the limit, which is half of dense
         limited = min(goal, spent / (0.5 * macs) - 1)
         assert any(r["saving"] >= limited - 1e-9 for r in tried)
-        before, spent = step["value"], step["costs"]["macs"]
+        spent = step["costs"]["macs"]
     assert steps[-1]["costs"]["macs"] <= 0.5 * macs < min(s["costs"]["macs"] for s in steps[:-1])
+
+
+def test_candidates_of_a_step_and_its_uncut_model_meet_the_same_random_numbers(blobs):
+    seeds = []
+
+    def tune(model, steps):
+        seeds.append(torch.initial_seed())
+        blobs.tune(model, steps)
+
+    _, found = records(blobs, tune)
+    kinds = [r["kind"] for r in found.records if r["kind"] in ("candidate", "uncut", "step")]
+    assert kinds.count("uncut") == kinds.count("step") >= 2
+    expected, place = [], 0
+    for kind in kinds:
+        if kind == "step":
+            place += 1
+        else:
+            expected.append(place)
+    by_step = list(dict.fromkeys(seeds))
+    assert [by_step[place] for place in expected] == seeds and len(by_step) == place
 
 
 def test_price():

@@ -1,7 +1,6 @@
 import os
 import random
 import signal
-import time
 
 import pytest
 import torch
@@ -129,22 +128,28 @@ def test_killed_at_random_it_resumes_to_the_same_end(
         "max_macs": 0.5 * dense_macs, "method": METHODS[method],
         "patterns": (Channels(multiple_of=4), NofM(2, 4)),
     }  # fmt: skip
-    start = time.monotonic()
     whole = searching(**options).run(blobs.model, blobs.example)
-    seconds = time.monotonic() - start
-    search = searching(**options, folder=tmp_path)
-    luck, killed = random.Random(7), 0
+    luck, left = random.Random(7), [10**9]
+
+    def evaluate(model):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return blobs.accuracy(model)
+
+    search = searching(**options, evaluate=evaluate, folder=tmp_path)
+    killed = 0
     for _ in range(3):
+        left[0] = luck.randrange(1, 8)
         child = os.fork()
         if child == 0:
             try:
                 search.run(blobs.model, blobs.example)
             finally:
                 os._exit(0)
-        time.sleep(luck.uniform(0.05, 0.6) * seconds)
-        os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert killed
+    left[0] = 10**9
+    assert killed >= 2
     same(search.run(blobs.model, blobs.example), whole)
 
 
