@@ -1,9 +1,10 @@
 """Channels: layers that really shrink, and the proof that nothing else changed.
 
-`plan_channels` follows the channels through the model (pruning.trace), scores each unit of coupled
-channels, and says what is cut from every parameter and buffer. `apply_surgery` cuts, then runs the
-model: its outputs must equal those of the dense model in which the layers that read the dropped
-channels have zeros in their place. If they do not, everything is put back and the cut is refused.
+Channels that pruning.trace found coupled go as one unit; `cut` says what a set of units is in every
+parameter and buffer. Which units go, pruning.channel_plan decides. `apply_surgery` cuts, then runs
+the model: its outputs must equal those of the dense model in which the layers that read the
+dropped channels have zeros in their place. If they do not, everything is put back and the cut is
+refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.kernels.formats import ChannelIndex, channel_index
-from slimgemm.pruning.allocate import Amount, Units
 from slimgemm.pruning.coupling import FIXED, Coupling, Ids
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
 from slimgemm.pruning.layers import Layer, digest, matches
 from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask
-from slimgemm.pruning.patterns import Channels, keep_highest
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -116,78 +115,6 @@ def groups_of(coupling: Coupling, names: Sequence[str]) -> list[Group]:
     return [group for group in groups if group.units]
 
 
-def kept_units(group: Group, scores: Tensor, drop: int, pattern: Channels) -> list[int]:
-    """Units that stay: all but the `drop` lowest; more, until every width fits `multiple_of`."""
-    keep = min(max(len(group.units) - drop, pattern.floor), len(group.units))
-    for count in range(keep, len(group.units)):
-        mask = keep_highest(scores, count).tolist()
-        gone = [u for u, kept in zip(group.units, mask, strict=True) if not kept]
-        widths = [int((~np.isin(axis, gone)).sum()) for axis in group.axes]
-        if all(width and width % pattern.multiple_of == 0 for width in widths):
-            return [u for u, kept in zip(group.units, mask, strict=True) if kept]
-    return list(group.units)
-
-
-def dropped_roots(
-    coupling: Coupling,
-    scores: Mapping[str, Tensor],
-    axis: str,
-    amount: Amount,
-    pattern: Channels,
-    notes: list[str],
-) -> list[int]:
-    """Root ids to drop, over all groups; `notes` gets a line where more stay than asked for.
-
-    Raises:
-        ValueError: no channel of any layer may go; each layer's reason is named.
-    """
-    groups = groups_of(coupling, list(scores))
-    if not groups:
-        reasons = "; ".join(f"{name}: {why_kept(coupling, name)}" for name in scores)
-        raise ValueError(f"no channels can be dropped: {reasons}")
-    totals = unit_scores(coupling, scores, axis)
-    values = [
-        torch.tensor([totals.get(u, 0.0) for u in g.units], dtype=torch.float64) for g in groups
-    ]
-    units = [
-        Units(
-            " + ".join(group.layers),
-            value,
-            tuple(scores[group.layers[0]].shape),
-            sum(scores[name].numel() for name in group.layers),
-        )
-        for group, value in zip(groups, values, strict=True)
-    ]
-    gone: list[int] = []
-    for group, value, drop in zip(groups, values, amount.drops(units), strict=True):
-        stay = set(kept_units(group, value, drop, pattern))
-        asked, all_ = len(group.units) - drop, len(group.units)
-        if len(stay) > asked:
-            notes.append(
-                f"{' + '.join(group.layers)}: keeps {len(stay)} of {all_} units of coupled "
-                f"channels, the amount asked for {asked} ({pattern}, floor {pattern.floor})"
-            )
-        gone.extend(u for u in group.units if u not in stay)
-    return sorted(gone)
-
-
-def norm_scales(model: nn.Module, coupling: Coupling, names: Sequence[str]) -> dict[str, Tensor]:
-    """Layer name -> [N] scale of the batch normalisation that its outputs meet first."""
-    first: dict[int, tuple[str, int]] = {}
-    for ids, norm in coupling.norms:
-        for position, i in enumerate(ids.tolist()):
-            first.setdefault(i, (norm, position))
-    found = {}
-    for name in names:
-        found_ids = coupling.axes.get((f"{name}.weight", 0))
-        places = [None] if found_ids is None else [first.get(i) for i in found_ids.tolist()]
-        known = [place for place in places if place is not None]
-        if len(known) == len(places):
-            scales = [_tensor(model, norm).detach()[position] for norm, position in known]
-            found[name] = torch.stack(scales)
-    return found
-
-
 def why_kept(coupling: Coupling, name: str) -> str | None:
     """Why not one output channel of a layer may go, or None if some may."""
     ids = coupling.axes.get((f"{name}.weight", 0))
@@ -225,7 +152,7 @@ def cut(
     }
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names = {name for name, _ in slices} & parameters
-    digests = {name: digest(_tensor(model, name)) for name in sorted(names)}
+    digests = {name: digest(tensor_named(model, name)) for name in sorted(names)}
     return Surgery(slices, kept_in, kept_out, readers, digests, example_inputs)
 
 
@@ -237,7 +164,7 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> None:
             those of the dense one with zeros; the model is unchanged then.
     """
     for name, known in surgery.digests.items():
-        if digest(_tensor(model, name)) != known:
+        if digest(tensor_named(model, name)) != known:
             raise ValueError(f"{name} changed after the plan was made; make a new plan")
     inputs = lively(surgery.example_inputs)
     want = _zeroed_outputs(model, surgery, inputs)
@@ -295,7 +222,8 @@ def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
     return None
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name, or ValueError."""
     owner, _, leaf = name.rpartition(".")
     value = getattr(model.get_submodule(owner), leaf, None)
     if not isinstance(value, Tensor):
@@ -305,17 +233,17 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 
 def _zeroed_outputs(model: nn.Module, surgery: Surgery, inputs: Inputs) -> list[Tensor]:
     """Outputs of the dense model whose readers have zeros for the dropped channels."""
-    saved = {name: _tensor(model, name).data for name in surgery.readers}
+    saved = {name: tensor_named(model, name).data for name in surgery.readers}
     try:
         for name, columns in surgery.readers.items():
             weight = surgery.weights.get(name, saved[name]).clone().to(saved[name].device)
             weight[:, columns.to(weight.device)] = 0
-            _tensor(model, name).data = weight
+            tensor_named(model, name).data = weight
         with evaluating(model), torch.no_grad():
             return [t.clone() for t in tensors_of(run(model, inputs))]
     finally:
         for name, data in saved.items():
-            _tensor(model, name).data = data
+            tensor_named(model, name).data = data
 
 
 ATTRIBUTES = (
@@ -333,7 +261,7 @@ class _Undo:
 
     def __init__(self, model: nn.Module, surgery: Surgery) -> None:
         names = {name for name, _ in surgery.slices}
-        self._tensors = [(t, t.data, t.grad) for t in (_tensor(model, n) for n in names)]
+        self._tensors = [(t, t.data, t.grad) for t in (tensor_named(model, n) for n in names)]
         touched = {*surgery.kept_in, *surgery.kept_out}
         self._modules = [
             (
@@ -365,10 +293,10 @@ def shrink(model: nn.Module, surgery: Surgery) -> None:
         if (mask := mask_of(model.get_submodule(name))) is not None
     }
     for name, weight in surgery.weights.items():
-        tensor = _tensor(model, name)
+        tensor = tensor_named(model, name)
         tensor.data = weight.to(tensor.device)
     for (name, axis), kept in surgery.slices.items():
-        tensor = _tensor(model, name)
+        tensor = tensor_named(model, name)
         tensor.data = tensor.data.index_select(axis, kept.to(tensor.device))
         tensor.grad = None
         owner, _, leaf = name.rpartition(".")

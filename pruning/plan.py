@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from slimgemm.pruning import channels, report
 from slimgemm.pruning.allocate import Amount, Setting, Uniform
+from slimgemm.pruning.channel_plan import norm_scales, plan_channels
 from slimgemm.pruning.cost import ENERGY, Cost, EnergyTable, LayerCost, count_macs
 from slimgemm.pruning.coupling import Coupling
-from slimgemm.pruning.decide import Part, Repair, Request, decide, refitted, scores_of_all
+from slimgemm.pruning.decide import Part, Repair, Request, decide
 from slimgemm.pruning.eligible import (
     check_amount,
     left_dense,
@@ -36,12 +37,9 @@ from slimgemm.pruning.layers import Layer, check_finite, digest, find_layers
 from slimgemm.pruning.masks import PackedMask, set_mask, unpack_mask
 from slimgemm.pruning.patterns import Channels, Pattern
 from slimgemm.pruning.scores import Context, Function, Magnitude, Score
-from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.trace import trace
 
 UNKNOWN = float("nan")
-
-NO_NORM = "its channels stay: no batch normalisation with a scale follows them"
 
 
 @dataclass(frozen=True)
@@ -289,7 +287,7 @@ def plan(
     surgery = None
     if isinstance(pattern, Channels):
         assert coupling is not None
-        parts, surgery = _channels(request, coupling, pattern, example_inputs)
+        parts, surgery = plan_channels(request, coupling, pattern, example_inputs)
     else:
         parts = decide(request)
     entries = tuple(
@@ -322,69 +320,12 @@ def contexts_of(
 ) -> dict[str, Context]:
     """Layer name -> what a score may read, but for inputs, which are gathered group by group."""
     names = [layer.name for layer in layers]
-    norms = channels.norm_scales(model, coupling, names) if coupling else {}
+    norms = norm_scales(model, coupling, names) if coupling else {}
     gradients: Mapping[str, Tensor] = {}
     if isinstance(score, GradientScore):
         assert batches is not None
         gradients = mean_gradients(model, layers, score, batches)
     return {n: Context(n, layer_seed(seed, n), gradients.get(n), norms.get(n)) for n in names}
-
-
-def _channels(
-    request: Request, coupling: Coupling, pattern: Channels, example_inputs: Inputs
-) -> tuple[dict[str, Part], channels.Surgery]:
-    if isinstance(request.score, Solver):
-        raise ValueError(
-            "Channels cannot be combined with a solver, which keeps a layer's shape; use another "
-            "score, and repair=LeastSquares() for new weights"
-        )
-    scores = _channel_scores(request, coupling)
-    notes: list[str] = []
-    gone = channels.dropped_roots(
-        coupling, scores, request.score.axis, request.amount, pattern, notes
-    )
-    surgery = channels.cut(request.model, coupling, gone, example_inputs)
-    if request.repair is not None:
-        dropped = {name.rpartition(".")[0]: gone for name, gone in surgery.readers.items()}
-        weights = refitted(request, dropped)
-        surgery = replace(surgery, weights={f"{n}.weight": w for n, w in weights.items()})
-    parts = {}
-    for layer in request.layers:
-        part = _channel_part(layer.name, surgery, coupling, layer.name in scores)
-        if layer.name not in scores and channels.why_kept(coupling, layer.name) is None:
-            notes.append(f"{layer.name}: {NO_NORM}")
-        parts[layer.name] = replace(part, notes=tuple(notes))
-        notes = []
-    return parts, surgery
-
-
-def _channel_scores(request: Request, coupling: Coupling) -> dict[str, Tensor]:
-    """Layer name -> scores. Of a score of norms, layers without one add nothing to a group that has
-    one, and a group that has none is left whole: its layers are not in the result.
-    """
-    bare = [la for la in request.layers if request.contexts[la.name].norm is None]
-    if request.score.needs != "norm" or len(bare) == len(request.layers):
-        return scores_of_all(request)
-    normed = [layer for layer in request.layers if layer not in bare]
-    found = scores_of_all(replace(request, layers=normed))
-    names = [layer.name for layer in request.layers]
-    for group in channels.groups_of(coupling, names):
-        if found.keys() & set(group.layers):
-            found |= {
-                layer.name: torch.zeros_like(layer.weight, dtype=torch.float32)
-                for layer in bare
-                if layer.name in group.layers
-            }
-    return {name: found[name] for name in names if name in found}
-
-
-def _channel_part(name: str, surgery: channels.Surgery, coupling: Coupling, scored: bool) -> Part:
-    kept_out = surgery.slices.get((f"{name}.weight", 0))
-    kept_in = surgery.slices.get((f"{name}.weight", 1))
-    if kept_out is None and kept_in is None:
-        rest = "the amount drops none of its channels" if scored else NO_NORM
-        return Part(refusal=channels.why_kept(coupling, name) or rest)
-    return Part(kept_out=kept_out, kept_in=kept_in)
 
 
 def _left_alone(layer: Layer) -> LayerPlan:

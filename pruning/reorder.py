@@ -247,7 +247,7 @@ def _reorder(
     source: Mapping[int, int],
 ) -> dict[tuple[int, int], Tensor]:
     """Put unit source[u] where unit u is, on every axis; orders that put outputs back."""
-    tensors = {name: channels._tensor(model, name) for name, _ in coupling.axes}
+    tensors = {name: channels.tensor_named(model, name) for name, _ in coupling.axes}
     inputs = channels.lively(example_inputs)
     with evaluating(model), torch.no_grad():
         want = [t.clone() for t in tensors_of(run(model, inputs))]
