@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from slimgemm.benchmarks import machine, records
 from slimgemm.benchmarks.bench import Settings
@@ -18,7 +18,11 @@ from slimgemm.benchmarks.shapes import LINEARS, TOKENS
 from slimgemm.kernels.formats import values_per_byte
 
 BUILD_ARCHS = ("sm_80", "sm_90")
-BUILD_OPS = ("spmm_24", "spmm_24_mma_sp", "spmm_24_wgmma_sp")
+BUILD_OPS = (
+    "spmm_24", "spmm_24_mma_packed", "spmm_24_wgmma_packed", "spmm_24_mma_sp", "spmm_24_wgmma_sp",
+    "scaled_spmm_24_mma_sp", "scaled_spmm_24_wgmma_sp",
+)  # fmt: skip
+BUILD_DTYPES_8 = ("fp8", "int8")
 COLUMNS = 128  # dense columns over which the bytes of a tile are counted
 NOTE = "prediction from data sheets; nothing in this file was measured"
 
@@ -103,7 +107,7 @@ class BuildRow:
     flop_per_byte: float | None = None
 
 
-def tile_of(op: str, case: str) -> tuple[int, int] | None:
+def tile_of(op: str, case: str, dtype: str = "bf16", arch: str = "sm_90") -> tuple[int, int] | None:
     """(out features, rows of x) that a program of this build owns, if its label says."""
     if op == "spmm_24":
         found = re.match(r"(\d+)x(\d+)x\d+", case)
@@ -111,12 +115,20 @@ def tile_of(op: str, case: str) -> tuple[int, int] | None:
     found = re.match(r"m (\d+)", case)
     if not found:
         return None
-    if op == "spmm_24_mma_sp":
+    if op == "spmm_24_mma_packed":
+        from slimgemm.kernels.gluon.mma_packed_tiles import mma_packed_tile
+
+        return _area(mma_packed_tile(int(found[1]), aligned="odd" not in case))
+    if "mma_sp" in op and "wgmma" not in op:
         from slimgemm.kernels.gluon.mma_tiles import mma_sp_tile
 
-        tile = mma_sp_tile(int(found[1]), aligned="ragged" not in case)
-        return tile.rows, tile.tokens
+        widened = dtype == "fp8" and arch == "sm_90"
+        return _area(mma_sp_tile(int(found[1]), "ragged" not in case, widened))
     return 128, int(found[1])  # WgmmaTile: 128 out features
+
+
+def _area(tile: Any) -> tuple[int, int]:
+    return tile.rows, tile.tokens
 
 
 def build_row(report) -> BuildRow:
@@ -131,10 +143,10 @@ def build_row(report) -> BuildRow:
 
 def with_bytes(row: BuildRow) -> BuildRow:
     """`row` with what its tile reads, where its label says the tile."""
-    tile = tile_of(row.op, row.case)
+    tile = tile_of(row.op, row.case, row.dtype, row.arch)
     if tile is None:
         return row
-    itemsize = 4 if row.dtype in ("fp32", "tf32") else 2
+    itemsize = 4 if row.dtype in ("fp32", "tf32") else 1 if row.dtype in BUILD_DTYPES_8 else 2
     pattern = re.search(r"(\d):(\d)", row.case)
     keep, group = (int(pattern[1]), int(pattern[2])) if pattern else (2, 4)
     rows, tokens = tile
@@ -178,6 +190,6 @@ def _reports(s: Settings) -> Iterator:
     from slimgemm.kernels.build import builds
     from slimgemm.kernels.build import run as build
 
-    dtypes = [SHORT[dtype] for dtype in s.dtypes]
+    dtypes = [*(SHORT[dtype] for dtype in s.dtypes), *BUILD_DTYPES_8]
     wanted = [b for b in builds(BUILD_OPS, BUILD_ARCHS, dtypes) if "ragged" not in b.case]
     yield from build(wanted, jobs=1)

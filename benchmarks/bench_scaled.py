@@ -86,6 +86,7 @@ def dense_e4m3(x: Tensor, w: Tensor, scale_x: Tensor, scale_w: Tensor, fast: boo
 def cusparselt(search: Search, g: Given) -> Call:
     """cuSPARSELt without the scales, which are multiplied outside of what is timed."""
     need_cusparselt(g.x)
+    search.more = -g.x.shape[0] % SPARSE_ROWS
     x, packed = padded_rows(g.x, SPARSE_ROWS), torch._cslt_compress(g.w)
 
     def call(alg_id: int) -> Call:

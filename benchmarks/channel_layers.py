@@ -180,7 +180,7 @@ class ConvLayer(ChannelLayer):
             )
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         """As torch.nn.functional.conv2d takes them."""
         return {"stride": self.conv.stride, "padding": self.conv.padding}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 import time
@@ -99,7 +100,8 @@ def command_of(arguments: list[str]) -> str:
     while "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
-    return shlex.join(["slimgemm", *words])
+    threads = os.environ.get("OMP_NUM_THREADS")  # of them depends which clock is read
+    return f"OMP_NUM_THREADS={threads} " * bool(threads) + shlex.join(["slimgemm", *words])
 
 
 def dtypes_of(names: Iterable[str] | None, gpu: bool) -> tuple[Any, ...]:

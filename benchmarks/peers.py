@@ -133,6 +133,7 @@ class Search:
         self.timer = timer
         self.best: int | None = None
         self.tried = 0
+        self.more = 0  # rows of zeros that x got before anything was timed
 
     def algorithm(self, call: Callable[[int], Call], device: torch.device) -> int:
         """The id of the fastest of call(id)."""
@@ -143,7 +144,9 @@ class Search:
 
     def note(self) -> str:
         """Which algorithm was taken."""
-        return "" if self.best is None else f"alg_id {self.best}, fastest of {self.tried}"
+        padding = f", x with {self.more} more rows before it is timed" if self.more else ""
+        found = f"alg_id {self.best}, fastest of {self.tried}{padding}"
+        return "" if self.best is None else found
 
 
 def need_cusparselt(w: Tensor) -> None:
@@ -161,7 +164,9 @@ class Cusparselt(Search):
 
     def __call__(self, x: Tensor, w: Tensor) -> Call:
         need_cusparselt(w)
-        x, packed = padded_rows(x, DENSE_ROWS), _cusparselt(w, 0)
+        packed: Any = _cusparselt(w, 0)
+        self.more = -x.shape[0] % DENSE_ROWS
+        x = padded_rows(x, DENSE_ROWS)
 
         def call(alg_id: int) -> Call:
             def run() -> Tensor:

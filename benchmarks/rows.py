@@ -14,7 +14,7 @@ from slimgemm.kernels.timing import Times
 TIMED, REFUSED, MISSING, FAILED = "timed", "refused", "missing", "failed"
 SHORT = {
     torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
-    torch.float8_e4m3fn: "e4m3", torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8", torch.int8: "int8",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ bench_no_answer = bench.no_answer
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 LIMITS = dict.fromkeys(DTYPES, Limits(0.01, 0.05))
-EIGHT = {"e4m3", "int8"}
+EIGHT = {"fp8", "int8"}
 NO_TWIN = {"scaled_spmm_24"}  # on a CPU it has no implementation of ours to call
 
 
@@ -74,7 +74,7 @@ def test_a_kernel_that_is_wrong_by_one_per_cent_is_refused_a_timing(op, tmp_path
     assert any(row.status == "timed" for row in rivals)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "e4m3"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
 @pytest.mark.parametrize(("factor", "status"), [(1.0, "timed"), (1.01, "refused")])
 def test_a_scaled_kernel_is_timed_if_it_is_right_and_refused_if_not(
     dtype, factor, status, tmp_path, monkeypatch

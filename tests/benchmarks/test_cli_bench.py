@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs what a C
 
 @pytest.fixture(autouse=True)
 def quick_limits(monkeypatch):
-    """Limits of the device by a small copy and product."""
+    """Limits of the device by a small copy and product; no threads asked for."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "COPY_BYTES", 16 << 20)
     monkeypatch.setattr(machine, "PRODUCT", 1024)
 
@@ -107,6 +108,8 @@ def test_predictions_are_labelled_and_are_the_floors_of_the_data_sheet(tmp_path)
         ("spmm_24_mma_sp", "m 8", (32, 8)),
         ("spmm_24_mma_sp", "m 64 split", (128, 64)),
         ("spmm_24_wgmma_sp", "m 256 gelu", (128, 256)),
+        ("spmm_24_mma_packed", "m 64", (64, 64)),
+        ("spmm_24_wgmma_packed", "m 64", (128, 64)),
     ],
 )
 def test_tiles_of_builds(op, case, tile):
@@ -134,10 +137,12 @@ def test_figures_of_a_build(tmp_path, monkeypatch):
     assert sparser.weight_bytes == 64 * 128 // 8 * 3
 
 
-def test_the_recorded_command_measures_the_same_again():
+def test_the_recorded_command_measures_the_same_again(monkeypatch):
     words = ["/usr/bin/slimgemm", "bench", "--out", "/tmp/a b", "--op", "pack_24", "--out=x"]
     assert cli_bench.command_of(words) == "slimgemm bench --op pack_24"
     assert cli_bench.command_of(["slimgemm", "bench", "--op", "a b"]) == "slimgemm bench --op 'a b'"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert cli_bench.command_of(words) == "OMP_NUM_THREADS=1 slimgemm bench --op pack_24"
 
 
 @pytest.mark.parametrize(

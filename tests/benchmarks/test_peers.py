@@ -141,7 +141,7 @@ def test_cusparselt_searches_once_and_says_what_it_took(monkeypatch):
     lt.timer = None  # a second search would fail without a GPU
     lt(x, W)
     assert [weight.alg_id_cusparselt for weight in packed] == [3, 3]  # one for each input set
-    assert lt.note() == "alg_id 3, fastest of 5"
+    assert lt.note() == "alg_id 3, fastest of 5, x with 5 more rows before it is timed"
 
 
 def test_all_ids_are_tried_where_torch_does_not_know_them(monkeypatch):
