@@ -90,7 +90,8 @@ def mma_choices(m: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> list[Ch
     at = rows.index(base)
     tiles = [base, *rows[max(at - 1, 0) : at], *rows[at + 1 : at + 2]]
     both = (0.5, 2)
-    tiles += neighbours(base, {"steps": both, "ahead": both, "warps_n": both, "warps_k": both})
+    tiles += neighbours(base, {"steps": both, "warps_n": both, "warps_k": both})
+    tiles += [dataclasses.replace(base, ahead=base.ahead + more) for more in (-2, 2)]
     tiles += [dataclasses.replace(base, stages=base.stages + more) for more in (-1, 1)]
     known = gpu.architecture if gpu.architecture in SMEM_BYTES else "sm_86"
     legal = [

@@ -55,9 +55,9 @@ def test_the_plan_begins_with_the_instructions_and_ends_within_nine_minutes(tmp_
     done, parts, _ = check(tmp_path, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert list(parts) == [
-        "instructions", "gpu tests", "kernels against their twins", "tune", "spmm_24",
-        "packing and overhead", "models", "8 bits, convolutions, channels",
-        "spmm_24 against max-autotune",
+        "machine", "instructions", "gpu tests", "kernels against their twins", "tune",
+        "tune, resumed", "spmm_24", "packing and overhead", "models",
+        "8 bits, convolutions, channels", "spmm_24 against max-autotune",
     ]  # fmt: skip
     limits = [int(re.split(r"\s{2,}", line)[1]) for line in parts.values()]
     assert sum(limits[:-1]) <= 525 and min(limits) > 0  # the last one has what time is left
@@ -74,7 +74,7 @@ def test_one_part_alone(tmp_path):
     assert list(parts) == ["spmm_24", "models"] and "spmm.csv" in held
     done, parts, _ = check(tmp_path, "--only", "spmm")
     assert done.returncode == 2 and not parts
-    assert "no part is named spmm; there are instructions, gpu tests, " in done.stderr
+    assert "no part is named spmm; there are machine, instructions, " in done.stderr
 
 
 def test_the_rows_of_max_autotune_lie_where_the_report_looks_for_them(tmp_path):
