@@ -114,6 +114,16 @@ def test_a_case_that_cannot_be_measured_is_rows_that_say_why(tmp_path, monkeypat
     assert {row.reason for row in recorder.rows} == {"RuntimeError: CUDA error: out of memory"}
 
 
+def test_an_8_bit_product_that_torch_refuses_is_still_checked(tmp_path, monkeypatch):
+    def refuse(*operands):
+        raise RuntimeError("mat2 shape must be divisible by 16")
+
+    monkeypatch.setattr(bench_scaled, "dense_fp8", refuse)
+    rows = bench.run("scaled_spmm_24", settings(tmp_path), LIMITS).rows
+    fp8 = {row.implementation: row.status for row in rows if row.dtype == "fp8"}
+    assert fp8["torch dense"] == "failed" and fp8["torch dense bf16, no scales"] == "timed"
+
+
 def test_no_case_is_begun_after_the_time_is_up_and_the_file_says_so(tmp_path):
     late = bench.time.monotonic() - 100
     recorder = bench.run("pack_24", settings(tmp_path, seconds=50), LIMITS, started=late)
