@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimgemm.benchmarks.rows import FAILED, REFUSED, TIMED
+from slimgemm.benchmarks.rows import FAILED, MISSING, REFUSED, TIMED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +32,12 @@ def _cells(row: Any) -> list[str]:
     return [*times, number(row.best_dense_over_this), *rates, row.reason]
 
 
+WIDTHS = (30, 10, 10, 17, 11, 11)  # of all columns but the last, which takes the rest
+LEGEND = "best dense / this: above 1, faster than the best dense competitor of its case"
+
+
 def show(rows: Sequence[Any], console: Console) -> None:
-    """Print a table of the rows of one op, or of the models: a heading for each case."""
+    """Print the rows of one op, or of the models, case by case; what is missing in lines below."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -41,16 +45,36 @@ def show(rows: Sequence[Any], console: Console) -> None:
         console.print("no rows")
         return
     rates = ("per s", "weights, MB") if hasattr(rows[0], "variant") else ("% of bytes", "% of flop")
-    names = ("implementation", "eager us", "graph us", "best dense / this", *rates, "note")
-    table = Table(*names, box=None, pad_edge=False)
-    case: tuple[str, ...] = ()
+    names = ("implementation", "eager us", "graph us", "best dense / this", *rates)
+    cases: dict[tuple[str, ...], list[Any]] = {}
     for row in rows:
-        if row.key[:-1] != case:
-            case = row.key[:-1]
-            table.add_row(escape(", ".join(case)), style="bold")
-        style = "red" if row.status in (REFUSED, FAILED) else "" if row.status == TIMED else "dim"
-        table.add_row(*map(escape, (f"  {row.key[-1]}", *_cells(row))), style=style)
-    console.print(table)
+        cases.setdefault(row.key[:-1], []).append(row)
+    for place, (case, mine) in enumerate(cases.items()):
+        console.print(escape(", ".join(part for part in case if part)), style="bold")
+        table = Table(box=None, pad_edge=False, show_header=place == 0)
+        for name, width in zip(names, WIDTHS, strict=True):
+            table.add_column(name, width=width)
+        table.add_column("note")
+        for row in mine:
+            if row.status == MISSING:
+                continue
+            style = "red" if row.status in (REFUSED, FAILED) else ""
+            table.add_row(*map(escape, (f"  {row.key[-1]}", *_cells(row))), style=style)
+        console.print(table)
+    console.print(f"{LEGEND}.", style="dim", highlight=False)
+    for reason, missing in _missing(rows).items():
+        text = f"Missing: {', '.join(missing)} ({reason})"
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def _missing(rows: Sequence[Any]) -> dict[str, list[str]]:
+    """Reason -> the implementations that are missing for it, in any case."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        names = found.setdefault(row.reason, []) if row.status == MISSING else []
+        if row.key[-1] not in names:
+            names.append(row.key[-1])
+    return found
 
 
 def is_ours(row: Any) -> bool:

@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from slimgemm.benchmarks import machine
-from slimgemm.benchmarks.rows import TIMED, Row
+from slimgemm.benchmarks.rows import Row
 
 RESULTS = Path(__file__).parent / "results"
 FIRST_LINE = "# slimgemm bench"
 DIGITS = 6  # significant, of a recorded number
-# A median counts as slower from this ratio on, and only if the p20..p80 ranges do not overlap.
-SLOWER = 1.05
 
 
 class Record(NamedTuple):
@@ -121,60 +119,3 @@ class Recorder:
         self.rows += rows
         after = machine.state(self.device, "after")
         write_text(self.path, as_csv({**self.head, **after}, self.rows, self.row_class))
-
-
-class Change(NamedTuple):
-    """One row of two runs: medians in microseconds; `new_us` is None where not timed any more."""
-
-    key: tuple[str, ...]
-    old_us: float
-    new_us: float | None
-    reason: str = ""
-
-    def __str__(self) -> str:
-        what = ", ".join(part for part in self.key if part)
-        if self.new_us is None:
-            return f"{what}: {self.old_us:.1f} us before, now {self.reason}"
-        ratio = self.new_us / self.old_us
-        return f"{what}: {self.old_us:.1f} us before, now {self.new_us:.1f} us ({ratio:.2f} of it)"
-
-
-def _range(row: Row) -> tuple[float, float, float]:
-    """(p20, p50, p80) of the times that a timed row is judged by."""
-    which = row.rate_from
-    found = (getattr(row, f"{which}_us_{p}") for p in ("p20", "p50", "p80"))
-    return typing.cast("tuple[float, float, float]", tuple(found))
-
-
-def regressions(old: Record, new: Record) -> list[Change]:
-    """Rows of `new` that are slower than in `old` beyond noise, or no longer timed.
-
-    Slower: the median by SLOWER or more, and the p20 of the new run above the p80 of the old one.
-    Rows that only one of the runs has are not compared.
-
-    Raises:
-        ValueError: the runs are of different devices or clocks, or have no row in common.
-    """
-    for key in ("device", "clock"):
-        if old.head.get(key) != new.head.get(key):
-            raise ValueError(
-                f"recorded with {key} {old.head.get(key)}, measured with {new.head.get(key)}: such "
-                "times cannot be compared"
-            )
-    before = {row.key: row for row in old.rows if row.status == TIMED}
-    both = [row for row in new.rows if row.key in before]
-    if not both:
-        raise ValueError("the recorded file and this run have no timed row in common")
-    found = []
-    for row in both:
-        was = before[row.key]
-        if row.status != TIMED:
-            found.append(Change(row.key, was.us, None, f"{row.status}: {row.reason}"))
-            continue
-        if row.rate_from != was.rate_from:
-            found.append(Change(row.key, was.us, None, f"timed as {row.rate_from}: {row.reason}"))
-            continue
-        (_, old_p50, old_p80), (new_p20, new_p50, _) = _range(was), _range(row)
-        if new_p20 > old_p80 and new_p50 >= SLOWER * old_p50:
-            found.append(Change(row.key, old_p50, new_p50))
-    return found

@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from slimgemm import kernels
 from slimgemm.benchmarks import bench_paper, cli_bench, machine, records
-from slimgemm.benchmarks.bench_tables import number
+from slimgemm.benchmarks.bench_tables import is_ours, number
 from slimgemm.benchmarks.cli import app
+from slimgemm.benchmarks.compare import SLOWER
+from slimgemm.benchmarks.records import Recorder
 from slimgemm.kernels.build_compile import Report
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs what a CPU runs")
@@ -41,16 +43,47 @@ def test_one_op_is_recorded_and_shown(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["cpu_pack_24.csv"]
 
 
+def test_ops_share_the_time(tmp_path, monkeypatch):
+    until = {}
+
+    def run_one(op, shapes, settings, limits, steps, started):
+        until[op] = settings.seconds
+        return Recorder(tmp_path, op, settings.device, {})
+
+    monkeypatch.setattr(cli_bench, "_run_one", run_one)
+    ops = ("overhead", "pack_24", "prune_24", "spmm_24")
+    words = [word for op in ops for word in ("--op", op)]
+    assert bench(tmp_path, *words, "--seconds", "40").exit_code == 0
+    assert until == {"overhead": 10, "pack_24": 20, "prune_24": 30, "spmm_24": 40}
+
+
 def test_a_slower_run_is_an_error_and_the_same_file_is_not(tmp_path):
     bench(tmp_path / "old", "--op", "overhead")
     path = tmp_path / "old" / "cpu_overhead.csv"
     old = records.read(path)
     for scale, code in ((1e3, 0), (1e-3, 1)):
-        rows = [scaled(row, scale) for row in old.rows]
+        rows = [scaled(row, scale) if is_ours(row) else row for row in old.rows]
         records.write_text(path, records.as_csv(old.head, rows))
         done = bench(tmp_path / "new", "--op", "overhead", "--compare", str(path.parent))
         assert done.exit_code == code, done.output
         assert ("slower: overhead" in done.output) == bool(code)
+        assert ("measuring again: 2 rows look slower" in done.output) == bool(code)
+        assert f"compared 2 rows of ours, {2 * code} slower" in done.output
+        assert [p.name for p in (tmp_path / "new").iterdir()] == ["cpu_overhead.csv"]
+
+
+def test_the_help_says_what_is_compared():
+    text = " ".join(
+        re.sub(r"[│\n]", " ", CliRunner().invoke(app, ["bench", "--help"]).output).split()
+    )
+    assert f"a median of {SLOWER} times the recorded one" in text and "torch's own rows" in text
+
+
+def test_a_table_has_each_case_and_says_once_what_is_missing(tmp_path):
+    text = bench(tmp_path, "--op", "spmm_24").output
+    assert "spmm_24, tiny.square, m 1, n 64, k 64, fp32" in text.splitlines()
+    assert text.count("cuSPARSELt needs a GPU") == 1 and "best dense / this: above 1" in text
+    assert "Missing: torch dense compiled (left out by --no-compiled)" in text
 
 
 def scaled(row, scale):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slimgemm.benchmarks import machine, records
-from slimgemm.benchmarks.records import Record, Recorder, regressions
+from slimgemm.benchmarks.records import Record, Recorder
 from slimgemm.benchmarks.rows import Row
 
 CPU = torch.device("cpu")
@@ -63,40 +63,6 @@ def test_a_recorder_has_written_everything_after_each_case(tmp_path):
     assert [r.layer for r in read.rows] == ["a", "b"]
     assert read.head["clock_sm_mhz_after"] == "missing: no GPU"
     assert not list(tmp_path.glob("**/*.part"))
-
-
-def compared(old, new, device="AMD EPYC"):
-    return regressions(Record(HEAD, old), Record({"device": device}, new))
-
-
-def test_planted_slower_rows_are_found_and_no_others():
-    old = [row(layer=name) for name in "abcd"]
-    new = [
-        row(10.3, "a"),  # within five per cent
-        row(12.0, "b"),
-        row(12.0, "c", eager_us_p20=9.0),  # the ranges overlap: noise
-        row(5.0, "d"),
-        row(99.0, "e"),  # not measured before
-    ]
-    (found,) = compared(old, new)
-    assert found.key[1] == "b" and (found.old_us, found.new_us) == (10.0, 12.0)
-    assert "10.0 us before, now 12.0 us (1.20 of it)" in str(found)
-
-
-def test_a_row_that_is_no_longer_timed_is_a_regression():
-    (found,) = compared([row()], [row(status="refused", reason="error 1e-2 > 1e-3")])
-    assert "10.0 us before, now refused: error 1e-2 > 1e-3" in str(found)
-    (found,) = compared([row(rate_from="graph", graph_us_p50=3.0)], [row(reason="no graph: x")])
-    assert "timed as eager: no graph: x" in str(found)
-
-
-def test_runs_that_cannot_be_compared_are_refused():
-    with pytest.raises(ValueError, match="device AMD EPYC, measured with NVIDIA H200"):
-        compared([row()], [row()], device="NVIDIA H200")
-    with pytest.raises(ValueError, match="clock wall, measured with None"):
-        regressions(Record({**HEAD, "clock": "wall"}, [row()]), Record(HEAD, [row()]))
-    with pytest.raises(ValueError, match="no timed row in common"):
-        compared([row()], [row(layer="b")])
 
 
 class Properties:
