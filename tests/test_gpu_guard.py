@@ -1,4 +1,4 @@
-"""gpu_guard: what hangs or faults ends one process, is named in the log, and is not tried forever."""
+"""gpu_guard: what hangs or faults ends one process, is named in the log, and not tried forever."""
 
 import fcntl
 import importlib
