@@ -1,0 +1,106 @@
+"""Models of the transformers library as they are: tied embeddings, grouped queries, their names."""
+
+import copy
+
+import pytest
+import torch
+
+from slimgemm import pruning, sparse_ops
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+IDS = torch.tensor([[1, 5, 2, 9, 0, 7, 30], [3, 3, 7, 10, 4, 8, 21]])
+INPUTS = {"input_ids": IDS, "use_cache": False}
+PROJECTIONS = [f"self_attn.{n}_proj" for n in "qkvo"]
+PROJECTIONS += [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+LINEARS = [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS]
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**INPUTS).logits
+
+
+def test_two_of_four_by_sparsegpt_packed_saved_and_loaded(tmp_path):
+    model = llama()
+    plan = pruning.plan(
+        model,
+        INPUTS,
+        pattern=pruning.NofM(2, 4),
+        score=pruning.SparseGPT(),
+        calibration=[INPUTS, {**INPUTS, "input_ids": IDS.flip(1)}],
+    )
+    assert [entry.name for entry in plan.pruned] == LINEARS
+    assert plan["model.embed_tokens"].refusal == "Embedding is neither a Linear nor a Conv2d"
+    assert "shared with model.embed_tokens.weight; untie it" in plan["lm_head"].refusal
+    plan.apply(model)
+    pruned = copy.deepcopy(model)
+    report = sparse_ops.compress(model, INPUTS)
+    assert {row.name for row in report.layers if row.packed} == set(LINEARS)
+    assert sparse_ops.verify(model, pruned, INPUTS).ok
+    torch.testing.assert_close(logits(model), logits(pruned))
+    sparse_ops.save(model, tmp_path / "packed")
+    again = sparse_ops.load(llama, tmp_path / "packed").eval()
+    assert torch.equal(logits(again), logits(model))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_heads_and_hidden_channels_shrink(tmp_path):
+    model = llama()
+    plan = pruning.plan(model, INPUTS, pattern=pruning.Channels(), amount=pruning.Uniform(0.5))
+    plan.apply(model)  # proves the outputs
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.weight.shape == (16, 32)  # one key-value head, its two queries
+    assert layer.self_attn.v_proj.weight.shape == (8, 32)
+    assert layer.self_attn.o_proj.weight.shape == (32, 16)
+    assert layer.mlp.down_proj.weight.shape == (32, 32)
+    sparse_ops.save(model, tmp_path / "narrow")
+    again = sparse_ops.load(llama, tmp_path / "narrow").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_every_layer_is_reached_by_a_permutation():
+    model = llama()
+    before = logits(model)
+    found = pruning.permute(model, INPUTS, rounds=5)
+    torch.testing.assert_close(logits(model), before)
+    assert list(found.layers) == LINEARS and found.after > 1.01 * found.before
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_an_encoder_that_returns_its_stream():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        attn_implementation="eager",
+    )
+    model = transformers.BertModel(config).eval()
+    before = model(IDS)
+    found = pruning.permute(model, IDS, rounds=5, ignore=["pooler"])
+    names = ("attention.output.dense", "output.dense")
+    assert found.layers == tuple(f"encoder.layer.0.{name}" for name in names)
+    assert set(found.left.values()) == {"it reaches the model's output"}
+    found = pruning.permute(model, IDS, rounds=5, ignore=["pooler"], reorder_outputs=True)
+    assert len(found.layers) == 6
+    after = model(IDS)
+    back = after[0].index_select(2, found.outputs[0, 2])
+    torch.testing.assert_close(back, before[0])
+    torch.testing.assert_close(after[1], before[1])  # the pooler reads the stream in any order
