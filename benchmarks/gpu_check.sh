@@ -143,15 +143,16 @@ if [ -z "$tiny" ]; then
     part "tune, resumed" 25 "${tune[@]}" --minutes 0.25
     [ -d "$work/cache/slimgemm" ] && cp -r "$work/cache/slimgemm" "$work/results/tune"
 fi
-bench_part "spmm_24" 120 --op spmm_24 --shapes "$shapes" --no-compiled
-bench_part "packing and overhead" 30 --op overhead --op pack_24 --op prune_24 \
+bench_part "spmm_24" 110 --op spmm_24 --shapes "$shapes" --no-compiled
+bench_part "packing and overhead" 25 --op overhead --op pack_24 --op prune_24 \
     --shapes "$shapes" --no-compiled
-bench_part "models" 55 --op models --shapes "$shapes" --no-compiled
-bench_part "8 bits, convolutions, channels" 50 --op scaled_spmm_24 --op conv2d_24 \
-    --op spmm_24_dgrad --op spmm_24_wgrad --op gemm_channels --op conv2d_channels \
-    --op conv2d_24_dgrad --op conv2d_24_wgrad --op spmm_24_epilogue --op gemm_channels_dgrad \
-    --op gemm_channels_wgrad --op conv2d_channels_dgrad --op conv2d_channels_wgrad \
+bench_part "models" 50 --op models --shapes "$shapes" --no-compiled
+bench_part "8 bits and convolutions" 40 --op scaled_spmm_24 --op conv2d_24 \
     --shapes "$shapes" --no-compiled
+bench_part "gradients and channels" 30 --op spmm_24_dgrad --op spmm_24_wgrad \
+    --op gemm_channels --op conv2d_channels --op conv2d_24_dgrad --op conv2d_24_wgrad \
+    --op spmm_24_epilogue --op gemm_channels_dgrad --op gemm_channels_wgrad \
+    --op conv2d_channels_dgrad --op conv2d_channels_wgrad --shapes "$shapes" --no-compiled
 # With what time is left: compiling takes a minute for a few shapes.
 bench_part "spmm_24 against max-autotune" 120 --op spmm_24 --shapes "$shapes" \
     --out "$work/results/compiled" $([ -n "$tiny" ] && echo --no-compiled)
