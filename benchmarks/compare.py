@@ -50,7 +50,7 @@ class Comparison(NamedTuple):
     slower: list[Change]
 
     def __str__(self) -> str:
-        noise = f"; torch's own rows took up to {self.moved:.2f} of theirs" * (self.moved > 1)
+        noise = f"; rows of torch took up to {self.moved:.2f} of theirs" * (self.moved > 1)
         return f"compared {self.rows} rows of ours, {len(self.slower)} slower{noise}"
 
 
@@ -74,7 +74,7 @@ def _moved(pairs: Sequence[tuple[Any, Any]]) -> float:
 def compare(old: Record, new: Record) -> Comparison:
     """Rows of ours in `new` that are slower than in `old` beyond noise, or no longer timed.
 
-    Rows that only one of the runs has are not compared.
+    Rows that only one of the runs has are not compared, nor a file without a timed row of ours.
 
     Raises:
         ValueError: the runs are of different devices or clocks, or have no row of ours in common.
@@ -88,7 +88,7 @@ def compare(old: Record, new: Record) -> Comparison:
     before = {row.key: row for row in old.rows if row.status == TIMED}
     pairs = [(before[row.key], row) for row in new.rows if row.key in before]
     ours = [(was, row) for was, row in pairs if is_ours(row)]
-    if not ours:
+    if not ours and any(map(is_ours, before.values())):
         raise ValueError("the recorded file and this run have no timed row of ours in common")
     moved, slower = _moved(pairs), []
     for was, row in ours:
@@ -119,7 +119,7 @@ def twice_slower(
     slower = [change for change in first.slower if change.new_us is not None]
     lost = [change for change in first.slower if change.new_us is None]
     if slower:
-        say(f"measuring again: {len(slower)} rows look slower")
+        say(f"measuring again, for {len(slower)} that may be slower")
         second = again()
         both = {row.key for row in second.rows if row.status == TIMED}
         kept = {change.key for change in compare(old, second).slower} if both else set()
