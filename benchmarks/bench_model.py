@@ -56,7 +56,8 @@ class ModelRow:
     """One variant of one model at one workload; the order of the fields is that of the columns.
 
     Times are microseconds per call, as in harness.Row. weight_bytes are all parameters and
-    buffers; peak_bytes is those and what a call allocates at most, on a GPU only. packed_layers of
+    buffers; peak_bytes is all that the variant holds (those, its inputs and cache, the state of the
+    optimizer) and what a call allocates at most beside it, on a GPU only. packed_layers of
     `layers` linears and convolutions were packed: on a GPU `compress` leaves those dense that are
     faster so. Variants with "channels" keep half of the hidden units of each MLP, or half of the
     channels inside each bottleneck.
@@ -103,6 +104,7 @@ class ModelRow:
 class _Variant:
     row: ModelRow
     call: Call | None = None
+    held_bytes: int = 0  # on a GPU, between calls
 
 
 def training_step(model: nn.Module, args: Args) -> Call:
@@ -135,6 +137,7 @@ def _prepare(work: Workload, row: ModelRow, device: torch.device, peers: Peers) 
     Raises:
         Missing, RefusedModel, or what the model raises.
     """
+    before = _allocated(device)
     model = work.build(SHARE if "channels" in row.variant else 1.0)
     args = work.inputs(model, generator(device, 1))
     found: dict[str, Any] = {"layers": len(layers_of(model)), "packed_layers": 0}
@@ -151,7 +154,7 @@ def _prepare(work: Workload, row: ModelRow, device: torch.device, peers: Peers) 
         model = compiled(model, peers)  # type: ignore[assignment]
     call = training_step(model, args) if work.train else inference(model, args)
     call()
-    return _Variant(dataclasses.replace(row, **found), call)
+    return _Variant(dataclasses.replace(row, **found), call, _allocated(device) - before)
 
 
 def _variant(work: Workload, row: ModelRow, device: torch.device, peers: Peers) -> _Variant:
@@ -169,9 +172,14 @@ def _variant(work: Workload, row: ModelRow, device: torch.device, peers: Peers) 
         return _Variant(dataclasses.replace(row, status=FAILED, reason=first_line(why)))
 
 
+def _allocated(device: torch.device) -> int:
+    """Bytes of all tensors on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def _peak(call: Call, device: torch.device) -> int:
     """Bytes that a call allocates at most."""
-    before = torch.cuda.memory_allocated(device)
+    before = _allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     torch.cuda.synchronize(device)
@@ -233,15 +241,14 @@ def _timed(
     )
 
 
-def _with_gpu(
-    row: ModelRow, call: Call, replay: Call | None, device: torch.device, units: int
-) -> ModelRow:
-    """`row` with memory and joules."""
-    assert row.us is not None and row.weight_bytes is not None
+def _with_gpu(one: _Variant, replay: Call | None, device: torch.device, units: int) -> ModelRow:
+    """The row of a timed variant with memory and joules."""
+    row, call = one.row, one.call
+    assert call is not None and row.us is not None
     joules, source = _energy(replay or call, row.us, device)
     return dataclasses.replace(
         row,
-        peak_bytes=row.weight_bytes + _peak(call, device),
+        peak_bytes=one.held_bytes + _peak(call, device),
         joules_per_unit=None if joules is None else joules / units,
         joules_from=source,
     )
@@ -272,7 +279,7 @@ def measure_model(
         one.row = _timed(one, work, eager, graph)
         if gpu:
             replay = replays.get(one.row.variant)
-            one.row = _with_gpu(one.row, one.call, replay, device, work.units)
+            one.row = _with_gpu(one, replay, device, work.units)
     return with_ratios([one.row for one in found], lambda row: row.variant.startswith("dense"))
 
 

@@ -136,7 +136,7 @@ class FakeGpu:
     """
 
     def __init__(self, monkeypatch, scale=1.0):
-        self.captured, self.scale = 0, scale
+        self.captured, self.scale, self.held = 0, scale, 100
         timed = iter([10.0, 4.0])
 
         def time_us(calls, device, **_):
@@ -148,10 +148,19 @@ class FakeGpu:
         monkeypatch.setattr(bench_model, "generator", lambda device, seed: generator(CPU, seed))
         monkeypatch.setattr(machine, "joules_of", lambda *_: machine.Energy(8e5, "nvml"))
         for name, value in {
-            "memory_allocated": 100, "max_memory_allocated": 350,
-            "reset_peak_memory_stats": None, "synchronize": None,
+            "memory_allocated": lambda: self.held, "max_memory_allocated": lambda: self.held + 250,
+            "reset_peak_memory_stats": lambda: None, "synchronize": lambda: None,
         }.items():  # fmt: skip
-            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value())
+
+    def holding(self, build):
+        """`build`, each of whose models takes 3000 bytes of this GPU."""
+
+        def counted(share):
+            self.held += 3000
+            return build(share)
+
+        return counted
 
     def capture(self, calls, device):
         self.captured += 1
@@ -169,13 +178,15 @@ class FakeGpu:
 
 
 def test_on_a_gpu_graphs_memory_and_joules_are_measured(monkeypatch):
-    FakeGpu(monkeypatch)
-    rows = measure_model(WORK[1], torch.float32, torch.device("cuda"), PEERS)
+    gpu = FakeGpu(monkeypatch)
+    work = dataclasses.replace(WORK[1], build=gpu.holding(WORK[1].build))
+    rows = measure_model(work, torch.float32, torch.device("cuda"), PEERS)
     by = {row.variant: row for row in rows}
     dense, sparse = by["dense"], by["2:4"]
     assert (dense.eager_us_p50, dense.graph_us_p50, dense.rate_from) == (10, 4, "graph")
     assert dense.units_per_s == pytest.approx(3 / 4e-6)
-    assert dense.peak_bytes == dense.weight_bytes + 250
+    # What this variant alone holds, and what a call takes beside it.
+    assert dense.peak_bytes == sparse.peak_bytes == 3000 + 250
     # 2 s of 4 us are 500000 calls of 3 tokens.
     assert dense.joules_per_unit == pytest.approx(8e5 / 500000 / 3)
     assert sparse.graph_us_p50 is None and "no graph: RuntimeError: operation" in sparse.reason
