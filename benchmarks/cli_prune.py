@@ -110,7 +110,7 @@ def prune(
         )  # fmt: skip
         result = job.run(_console())
     except Infeasible as error:
-        fail(str(error), 1)
+        fail(f"{error}. What was tried is in {out}/search", 1)
     except ValueError as error:
         fail(str(error), 2)
     if not result.ok:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -181,13 +182,15 @@ class Job:
             raise ValueError(
                 f"metric must be accuracy, loss or module:function, got {self.metric!r}"
             )
+        # A log has no progress bars, and a search may take hours.
+        say = None if console.is_terminal else functools.partial(_line, console)
         higher = not self.lower and self.metric != "loss"
         # What the search does not see itself, but its results depend on.
         tag = (self.make_model, self.make_data, self.metric, self.loss, self.rate, self.device)
         return pruning.Search(
             str, patterns=tuple(map(self._pattern, self.patterns)), higher_is_better=higher,
             finetune=pruning.FineTune((), str, self.rate), folder=self.out / SEARCH,
-            tag=" ".join(map(str, tag)), show=console.is_terminal, **self.options,
+            tag=" ".join(map(str, tag)), show=console.is_terminal, say=say, **self.options,
         )  # fmt: skip
 
     @property
@@ -261,13 +264,26 @@ class Job:
         (self.out / SEARCH / REPORT).write_text(json.dumps(summary, indent=1) + "\n")
         if _can_draw():
             found.draw(self.out / SEARCH / PICTURE)
-        for text in (str(part) for part in (found, report, checked) if part is not None):
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-        console.print(
-            f"Wrote {self.out}/model ({size:,} bytes, metric {value:.4g}) and {self.out}/search.",
-            highlight=False,
+        patterned = found.allocation.patterns
+        if report is not None and patterned:
+            # Of the others the search itself has said that they stay dense.
+            layers = [layer for layer in report.layers if layer.name in patterned]
+            report = replace(report, layers=layers)
+        checks = f"verify: {len(checked.checks)} checks, all ok" if checked.ok else str(checked)
+        for text in (str(found), str(report) if report and patterned else "", checks):
+            if text:
+                _line(console, text)
+        _line(
+            console,
+            f"Wrote {self.out / MODEL} ({size:,} bytes, metric {value:.4g}) and "
+            f"{self.out / SEARCH}.",
         )
         return checked
+
+
+def _line(console: Console, text: str) -> None:
+    """Print as it is: no markup, no colours, no wrapping."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _can_draw() -> bool:

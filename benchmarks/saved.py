@@ -146,7 +146,7 @@ def table(found: dict[str, Any]) -> str:
     columns = ["layer", "class", "dense weight", "kept", "bytes stored", "bytes dense", "share"]
     stored = sum(row["stored_bytes"] for row in found["layers"])
     dense = sum(row["dense_bytes"] for row in found["layers"])
-    total = f" These weights: {stored:,} of {dense:,} bytes dense." if dense else ""
+    total = f" The listed weights take {stored:,} bytes, dense {dense:,}." if dense else ""
     return (
         f"{as_table(title, columns, rows)}\n{found['tensors']} tensors, "
         f"{found['tensor_bytes']:,} bytes; {found['file_bytes']:,} bytes on disk. Layers that are "

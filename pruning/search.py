@@ -78,6 +78,7 @@ class Search(Amount):
         tag: what else the results depend on, as the names of metric and data; a folder is of this
             search only where its tag is the same.
         show: progress bars.
+        say: told a line for each candidate and each finished model, as `print` for a log.
     """
 
     evaluate: Evaluate = field(repr=False)
@@ -105,6 +106,7 @@ class Search(Amount):
     folder: str | os.PathLike[str] | None = field(default=None, repr=False)
     tag: str = ""
     show: bool = field(default=True, repr=False)
+    say: Callable[[str], None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:
@@ -167,7 +169,11 @@ class Search(Amount):
         try:
             return self._finish(task, space)
         except Infeasible as error:
-            raise Infeasible(". ".join([str(error), *task.lost]), error.best) from None
+            cure = []
+            if task.limits.max_drop is not None:
+                steps = f"now short={self.short} and long={self.long} steps"
+                cure = [f"A larger max_drop or more training may help, {steps}"]
+            raise Infeasible(". ".join([str(error), *task.lost, *cure]), error.best) from None
 
     def key(self, model: nn.Module, example_inputs: Inputs) -> str:
         """What the journal of this search begins with: a digest of options, model and inputs."""
@@ -182,6 +188,7 @@ class Search(Amount):
             model, example_inputs, choices, self.evaluate, self.higher_is_better, self.finetune,
             self.short, self.long, self.limits, self.seed,
             Journal(folder / JOURNAL, self.key(model, example_inputs)), folder, self.show,
+            say=self.say,
         )  # fmt: skip
         differs = differing_outputs(model, example_inputs)
         if differs is not None:
@@ -273,6 +280,7 @@ class Search(Amount):
         model = copy.deepcopy(chosen.model)
         task.tuned(model, task.long, f"finish {number}")
         done = replace(chosen, model=model, value=task.value(model))
+        task.tell(f"finished {number}", done.value)
         save_snapshot(path, done)
         return done
 

@@ -23,6 +23,7 @@ from slimgemm.pruning.latency import packed_wins
 from slimgemm.pruning.plan import layer_seed
 from slimgemm.pruning.space import Allocation, Choices, Space
 
+WORDS = 80  # characters of a line that name a candidate
 Evaluate = Callable[[nn.Module], float]
 Tune = Callable[[nn.Module, int], None]
 
@@ -105,6 +106,7 @@ class Task:
         dense_value: the metric of `model`.
         energy_factor: measured / predicted energy of `model`; 1 where none is measured.
         show: progress bars.
+        say: told a line for each candidate, or None.
     """
 
     model: nn.Module
@@ -124,6 +126,7 @@ class Task:
     dense_value: float = float("nan")
     energy_factor: float = 1.0
     notes: list[str] = field(default_factory=list)
+    say: Callable[[str], None] | None = None
 
     @functools.cached_property
     def dense_space(self) -> Space:
@@ -215,7 +218,15 @@ class Task:
             value = self.value(make())
             lost = {} if math.isfinite(value) else {"lost": f"the metric {self.metric} is {value}"}
             self.journal.add(key, {**about, "value": value, **lost})
+            self.tell(key, value)
         return float(self.journal[key]["value"])
+
+    def tell(self, what: str, value: float) -> None:
+        """Say what was just evaluated, with its metric."""
+        if self.say is not None:
+            short = what if len(what) <= WORDS else what[: WORDS - 3] + "..."
+            drop = "lost" if not math.isfinite(value) else f"drop {self.drop(value):.4g}"
+            self.say(f"{short}: {self.metric} {value:.6g}, {drop}")
 
     def words(self, space: Space, name: str) -> list[str]:
         """Patterns that a layer may take: where both were measured, only those that win."""

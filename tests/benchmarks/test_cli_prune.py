@@ -103,12 +103,15 @@ def test_prune_inspect_and_verify(cli, tmp_path):
     done = cli("prune", *arguments)
     assert done.exit_code == 0, done.output
     assert "limits 120000 MACs" in done.output and "Wrote out/model" in done.output
+    assert re.search(r"^step 0 .*: accuracy [\d.]+, drop -?[\d.e-]+$", done.output, re.M)
+    assert re.search(r"^verify: \d+ checks, all ok$", done.output, re.M)
+    assert "prune it first" not in done.output  # of layers that the search left dense
     report = json.loads((tmp_path / "out/search/report.json").read_text())
     assert report["packed"]["verified"]
     assert report["costs"]["measured"]["macs"] <= 120000 < report["costs"]["dense"]["macs"]
     assert abs(report["packed"]["metric"] - report["metric"]["finished"]) < 1
     again = cli("prune", *arguments)
-    assert again.exit_code == 0
+    assert again.exit_code == 0 and "step 0" not in again.output  # nothing is evaluated again
     assert json.loads((tmp_path / "out/search/report.json").read_text()) == report
 
     shown = cli("inspect", "out")  # finds out/model
@@ -288,6 +291,7 @@ def test_a_run_that_failed_does_not_block_its_retry(cli, tmp_path):
     assert failed.exit_code == 1, failed.output
     found = files_of(tmp_path / "out/search")
     assert found
+    assert "What was tried is in out/search" in failed.output
     # the same again goes on from what it found; another limit begins anew and loses nothing
     assert cli("prune", *whole, "--max-macs", "50000").output == failed.output
     done = cli("prune", *whole, "--max-macs", "110000")
@@ -332,15 +336,13 @@ def test_inspect_says_what_is_stored_and_what_dense_would_take(cli, tmp_path):
                           nn.Linear(8, 16), nn.Linear(16, 4))  # fmt: skip
     x = torch.zeros(1, 8, 5, 5)
     channels = pruning.Channels(multiple_of=8)
-    pruning.plan(model, x, pattern=channels, amount=pruning.Uniform(0.5), ignore=["4", "5"]).apply(
-        model
-    )
+    half = pruning.Uniform(0.5)
+    pruning.plan(model, x, pattern=channels, amount=half, ignore=["4", "5"]).apply(model)
     pruning.plan(model[5], torch.zeros(1, 16), pattern=pruning.NofM(2, 4)).apply(model[5])
     sparse_ops.compress(model, x)
     sparse_ops.save(model, tmp_path / "small")
-    rows = {
-        row["layer"]: row for row in json.loads(cli("inspect", "small", "--json").output)["layers"]
-    }
+    layers = json.loads(cli("inspect", "small", "--json").output)["layers"]
+    rows = {row["layer"]: row for row in layers}
     assert rows["0"]["dense_shape"] == [32, 8, 3, 3] and rows["2"]["dense_shape"] == [8, 32, 3, 3]
     assert rows["0"]["dense_bytes"] == 32 * 8 * 9 * 4
     assert rows["0"]["stored_bytes"] == 16 * 8 * 9 * 4 and rows["0"]["stored_over_dense"] == 0.5
@@ -348,7 +350,7 @@ def test_inspect_says_what_is_stored_and_what_dense_would_take(cli, tmp_path):
     assert rows["5"]["stored_bytes"] == 4 * (8 * 4 + 2)  # half of 16 columns, two bytes
     text = cli("inspect", "small").output
     assert "bytes stored" in text and "bytes dense" in text and "50.0 %" in text
-    assert f"{sum(row['dense_bytes'] for row in rows.values()):,} bytes dense" in text
+    assert f"dense {sum(row['dense_bytes'] for row in rows.values()):,}." in " ".join(text.split())
 
 
 def test_grouped_convolutions_are_shown_at_their_width():

@@ -86,7 +86,8 @@ def test_infeasible_limits_name_the_best_that_can_be_reached(searching, blobs, d
         searching(max_macs=10).run(blobs.model, blobs.example)
     floor = 4 * (16 * 4 + 4 * 4 + 4 * 4)
     assert cost.value.best == {"macs": floor} and str(floor) in str(cost.value)
-    with pytest.raises(Infeasible, match=r"cannot be met; the finished model has .* a drop of"):
+    cure = r"A larger max_drop or more training may help, now short=3 and long=20 steps"
+    with pytest.raises(Infeasible, match=rf"cannot be met; the finished model has .* of .*{cure}"):
         searching(max_macs=floor, max_drop=0.5).run(blobs.model, blobs.example)
 
 
@@ -338,14 +339,17 @@ def test_a_candidate_whose_metric_is_not_finite_loses(
     def metric(model):  # what a wrong comparison would take for the best of all
         return sign * (float("inf") if bad(model) else blobs.accuracy(model))
 
+    said = []
     found = searching(
-        evaluate=metric, max_macs=0.8 * dense_macs, method=METHODS[method],
+        evaluate=metric, max_macs=0.8 * dense_macs, method=METHODS[method], say=said.append,
         patterns=(Channels(multiple_of=4), NofM(2, 4)), higher_is_better=higher, folder=tmp_path,
     ).run(blobs.model, blobs.example)  # fmt: skip
     assert not bad(found.model) and found.measured.macs <= 0.8 * dense_macs
     lost = [record for record in found.records if "lost" in record]
     assert lost and all(record["lost"].startswith("the metric metric is ") for record in lost)
     assert f"{len(lost)} candidates lost: their metric is not finite" in found.notes
+    assert sum(", lost" in line for line in said) == len(lost) < len(said)
+    assert said[-1].startswith("finished 0: metric ") and max(map(len, said)) < 130
     found.draw(tmp_path / "front.png")
 
 
