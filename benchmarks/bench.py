@@ -15,6 +15,7 @@ from slimgemm.benchmarks import (
     bench_pack_24,
     bench_scaled,
     bench_spmm_24,
+    bench_step,
     machine,
 )
 from slimgemm.benchmarks.bench_scaled import EIGHT_BITS
@@ -141,6 +142,7 @@ OPS: dict[str, Maker] = {
     "conv2d_channels": _conv_channels(bench_channels.forward),
     "spmm_24_dgrad": _training(bench_spmm_24.dgrad),
     "spmm_24_wgrad": _training(bench_spmm_24.wgrad),
+    "spmm_24_step": _training(bench_step.step),
     "conv2d_24_dgrad": _convolutions(bench_conv.conv2d_24_dgrad),
     "conv2d_24_wgrad": _convolutions(bench_conv.conv2d_24_wgrad),
     "gemm_channels_dgrad": _gemm_gradient(bench_channels.dgrad),

@@ -148,7 +148,8 @@ def forward(p: Product) -> Case:
     return p.case("spmm_24", exact, lambda g: F.linear(g.x, g.w), competitors)
 
 
-def _untransposable(g: Given) -> Call:
+def untransposable(g: Given) -> Call:
+    """Torch's semi-structured weight in a backward pass: Missing, always."""
     raise Missing("torch packs both directions only of masks of 4 x 4 tiles, not of row-wise 2:4")
 
 
@@ -164,7 +165,7 @@ def dgrad(p: Product) -> Case:
         Implementation("slimgemm spmm_24_dgrad", ours, p.packed_bytes),
         Implementation("torch dense", lambda g: lambda: g.dy @ g.w, p.dense_bytes),
         Implementation("torch dense compiled", lambda g: fast(g.dy, g.w), p.dense_bytes),
-        Implementation("torch cusparselt", _untransposable, p.packed_bytes),
+        Implementation("torch cusparselt", untransposable, p.packed_bytes),
     )
     exact = lambda g: g.dy.double() @ g.w.double()  # noqa: E731
     return p.case("spmm_24_dgrad", exact, lambda g: g.dy @ g.w, competitors)

@@ -152,7 +152,7 @@ bench_part "packing and overhead" 25 --op overhead --op pack_24 --op prune_24 \
 bench_part "models" 50 --op models --shapes "$shapes" --no-compiled
 bench_part "8 bits and convolutions" 40 --op scaled_spmm_24 --op conv2d_24 \
     --shapes "$shapes" --no-compiled
-bench_part "gradients and channels" 30 --op spmm_24_dgrad --op spmm_24_wgrad \
+bench_part "gradients and channels" 30 --op spmm_24_dgrad --op spmm_24_wgrad --op spmm_24_step \
     --op gemm_channels --op conv2d_channels --op conv2d_24_dgrad --op conv2d_24_wgrad \
     --op spmm_24_epilogue --op gemm_channels_dgrad --op gemm_channels_wgrad \
     --op conv2d_channels_dgrad --op conv2d_channels_wgrad --shapes "$shapes" --no-compiled

@@ -14,7 +14,7 @@ out="${OUT:-out/record}"
 mkdir -p "$out"
 export OMP_NUM_THREADS=1  # its clock counts the CPU time of the thread, not what others take
 
-for op in spmm_24 spmm_24_dgrad spmm_24_wgrad spmm_24_epilogue pack_24 prune_24 overhead \
+for op in spmm_24 spmm_24_dgrad spmm_24_wgrad spmm_24_step spmm_24_epilogue pack_24 prune_24 overhead \
     conv2d_24 conv2d_24_dgrad conv2d_24_wgrad gemm_channels gemm_channels_dgrad \
     gemm_channels_wgrad conv2d_channels conv2d_channels_dgrad conv2d_channels_wgrad models; do
     "$python" -m slimgemm.benchmarks.cli bench --op "$op" --shapes small --no-compiled --out "$out"

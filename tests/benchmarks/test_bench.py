@@ -59,6 +59,7 @@ def test_every_op_in_bf16(op, tmp_path):
 # op of a case -> the kernel that its result comes from
 PLANTED = {op: op for op in bench.OPS if op not in ("overhead", "pack_24", "prune_24", *NO_TWIN)}
 PLANTED |= {"spmm_24_epilogue": "spmm_24", "gemm_channels_dgrad": "gemm_channels"}
+PLANTED |= {"spmm_24_step": "spmm_24_wgrad"}
 
 
 @pytest.mark.parametrize("op", PLANTED)
