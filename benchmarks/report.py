@@ -172,7 +172,9 @@ def results_readme(loaded: dict[str, Record], plots: Sequence[tuple[str, str]]) 
         parts.append("No file in this folder is of a GPU.")
     parts.append(
         "On a CPU no cache is emptied, so what is small comes from a cache and may pass 100 % of "
-        "the byte limit; load averages in the heads say what else the machine did."
+        "the byte limit; load averages in the heads say what else the machine did. "
+        "`benchmarks/record_cpu.sh` records every CPU file again, `benchmarks/gpu_check.sh` those "
+        "of a GPU; a file alone, the command in its head."
     )
     parts += [f"![{title}]({file})" for file, title in plots]
     for name, record in loaded.items():
