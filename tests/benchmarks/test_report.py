@@ -68,6 +68,18 @@ def test_every_number_of_the_readme_is_recorded():
     assert report.unrecorded(section, RESULTS) == []
 
 
+MEASURED = r"\d(?:\s*(?:µs|us|ms|x)(?![\w-])|\s*\u00d7|\s*(?:times|TFLOP|TB/s|tokens? (?:a|per) s))"
+
+
+def test_what_is_measured_stands_in_the_section_that_is_made_from_the_files():
+    outside = README.replace(report.section_of(README), "")
+    prose = re.sub(r"```.*?```|`[^`]*`", " ", outside, flags=re.DOTALL)
+    # Sizes are no results, nor is what the README says not to promise.
+    claims = re.sub(r"\d+ x \d+|a promise of 2x", " ", prose)
+    assert re.findall(MEASURED, claims) == []
+    assert all(re.search(MEASURED, text) for text in ("1.7x faster", "12 µs", "3 times"))
+
+
 @pytest.mark.parametrize("number", ["1.3791", "48,213", "7.77x is 7.77"])
 def test_a_number_that_nobody_recorded_is_found(number):
     assert report.unrecorded(f"It takes {number} us.", RESULTS)
