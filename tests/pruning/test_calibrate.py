@@ -171,6 +171,22 @@ def test_plan_leaves_the_model_alone_when_calibration_fails(normal):
     assert not model[0]._forward_pre_hooks and model.training
 
 
+def test_a_layer_that_does_not_run_cannot_be_calibrated(normal):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.a(x)
+
+    x, options = normal(4, 8), {"pattern": pruning.NofM(2, 4), "score": pruning.Wanda()}
+    with pytest.raises(ValueError, match=r"b did not run on the example inputs, so it cannot be"):
+        pruning.plan(Idle(), x, calibration=[x], **options)
+    plan = pruning.plan(Idle(), x, calibration=[x], ignore=["b"], **options)
+    assert [entry.name for entry in plan.pruned] == ["a"]
+
+
 WORKER = """
 import sys, torch, torch.distributed as dist
 from torch import nn

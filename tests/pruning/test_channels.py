@@ -224,6 +224,42 @@ def test_what_mixes_channels_is_refused_by_name(operation, match, normal):
         pruning.plan(Mixed(), normal(2, 6), pattern=pruning.Channels(), amount=pruning.Uniform(0.5))
 
 
+def test_a_normalisation_that_changed_or_is_gone_is_refused(vgg, normal):
+    model = vgg(8, 8)
+    plan = pruning.plan(
+        model, normal(1, 3, 4, 4), pattern=pruning.Channels(), amount=pruning.Uniform(0.5)
+    )
+    with torch.no_grad():
+        model.backbone[1].bias[0] += 1
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"backbone.1.bias changed after the plan was made; make"):
+        plan.apply(model)
+    model.backbone[1] = nn.Identity()
+    with pytest.raises(ValueError, match=r"backbone.1.bias is not in this model; make a plan for"):
+        plan.apply(model)
+    assert model.backbone[0].out_channels == 8
+    assert torch.equal(model.backbone[0].weight, before["backbone.0.weight"])
+
+
+def test_an_interrupt_during_the_proof_puts_the_channels_back(normal):
+    class Interrupted(nn.Sequential):
+        def forward(self, x):
+            if self[0].out_features < 8:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = Interrupted(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    plan = pruning.plan(
+        model, normal(2, 6), pattern=pruning.Channels(), amount=pruning.Uniform(0.5)
+    )
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        plan.apply(model)
+    assert model[0].out_features == 8 and model[2].in_features == 8
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in before)
+    assert not hasattr(model[0], "kept_out")
+
+
 def test_a_model_that_cannot_be_traced_is_refused(normal):
     class Branches(nn.Module):
         def __init__(self):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from slimgemm import pruning
+from slimgemm.pruning import reorder
 from slimgemm.pruning.permutation import kept_magnitude
 
 
@@ -228,6 +229,23 @@ def test_refusals(mlp, normal):
     pruning.plan(mlp, x, pattern=pruning.NofM(2, 4)).apply(mlp)
     with pytest.raises(ValueError, match=r"0 is pruned already; permute the dense model"):
         pruning.permute(mlp, x)
+
+
+def test_a_forward_that_fails_puts_everything_back(mlp, normal, monkeypatch):
+    runs = []
+
+    def run(model, inputs):
+        runs.append(model[0].weight.detach().clone())
+        if len(runs) > 1:
+            raise RuntimeError("out of memory")
+        return model(inputs)
+
+    monkeypatch.setattr(reorder, "run", run)
+    before = copy.deepcopy(mlp.state_dict())
+    with pytest.raises(ValueError, match="its forward failed: RuntimeError: out of memory; it is"):
+        pruning.permute(mlp, normal(2, 16), rounds=5)
+    assert not torch.equal(runs[1], runs[0])  # it had moved
+    assert all(torch.equal(mlp.state_dict()[name], before[name]) for name in before)
 
 
 def test_negative_scores_are_refused(mlp, normal):
