@@ -6,14 +6,17 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from slimgemm import kernels
-from slimgemm.benchmarks import bench_paper, cli_bench, machine, records
+from slimgemm.benchmarks import bench as job
+from slimgemm.benchmarks import bench_paper, cli_bench, machine, probe, records
 from slimgemm.benchmarks.bench_tables import is_ours, number
 from slimgemm.benchmarks.cli import app
 from slimgemm.benchmarks.compare import SLOWER
 from slimgemm.benchmarks.records import Recorder
+from slimgemm.benchmarks.shapes import shapes
 from slimgemm.kernels.build_compile import Report
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs what a CPU runs")
@@ -55,6 +58,23 @@ def test_ops_share_the_time(tmp_path, monkeypatch):
     words = [word for op in ops for word in ("--op", op)]
     assert bench(tmp_path, *words, "--seconds", "40").exit_code == 0
     assert until == {"overhead": 10, "pack_24": 20, "prune_24": 30, "spmm_24": 40}
+
+
+def test_on_a_gpu_what_hangs_or_dies_alone_is_left_out_of_the_run(tmp_path, monkeypatch):
+    skip, seen = {"spmm_24": {"slimgemm mma_sp": "left out: it died"}}, []
+    asked = lambda ops, shapes, settings: seen.append((ops, shapes)) or skip  # noqa: E731
+    monkeypatch.setattr(probe, "skips", asked)
+    monkeypatch.setattr(job, "limits_of", lambda settings: {})
+
+    def run_one(op, shapes, settings, limits, steps, started):
+        seen.append((op, settings.skip))
+        return Recorder(tmp_path, op, torch.device("cpu"), {})
+
+    monkeypatch.setattr(cli_bench, "_run_one", run_one)
+    gpu = torch.device("cuda")
+    made = job.Settings(shapes("tiny"), (torch.bfloat16,), gpu, tmp_path, "", job.Peers(False))
+    cli_bench.run_all(["spmm_24", "models"], "tiny", made, {}, Console())
+    assert seen == [(["spmm_24"], "tiny"), ("spmm_24", skip), ("models", skip)]
 
 
 def test_a_slower_run_is_an_error_and_the_same_file_is_not(tmp_path):
