@@ -1,4 +1,7 @@
 import copy
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -58,6 +61,46 @@ def test_the_same_bytes_after_a_kill(groups, mlp, normal, tmp_path, monkeypatch)
     assert count == ["0", "2", "4"][groups:]
     assert_same(whole, again)
     assert_same(whole, pruning.plan(mlp, x, **request(mlp, normal, tmp_path)))
+
+
+KILLED = """
+import os, pathlib, signal, sys, torch
+from torch import nn
+from slimgemm import pruning
+
+real, calls = os.replace, []
+
+def replace(*paths):
+    calls.append(paths)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*paths)
+
+os.replace = replace
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
+model.load_state_dict(torch.load(sys.argv[1] + "/model.pt"))
+x = torch.load(sys.argv[1] + "/x.pt")
+pruning.plan(
+    model, x[:2], pattern=pruning.NofM(2, 4), score=pruning.SparseGPT(), calibration=[x],
+    resume=sys.argv[1] + "/plan",
+)
+"""
+
+
+def test_a_killed_process_is_gone_on_from(mlp, normal, tmp_path):
+    """SIGKILL while the second group is written: no `finally` runs, a file is left beside."""
+    x = normal(64, 16)
+    torch.save(mlp.state_dict(), tmp_path / "model.pt")
+    torch.save(x, tmp_path / "x.pt")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = sorted(path.suffix for path in (tmp_path / "plan").iterdir())
+    assert left == [".part", ".safetensors"]
+    pruning.plan(mlp, x[:2], **request(mlp, normal, tmp_path / "plan"))
+    pruning.plan(mlp, x[:2], **request(mlp, normal, tmp_path / "whole"))
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "plan" / path.name).read_bytes()
+    assert len(list((tmp_path / "whole").iterdir())) == 3
 
 
 def test_equal_plans_give_equal_files(mlp, normal, tmp_path):
