@@ -31,7 +31,9 @@ from torch import Tensor, nn
 from slimgemm import pruning
 from slimgemm.benchmarks import bench_search_report, digits
 from slimgemm.benchmarks.bench_pruning import FASHION, MissingData, embed, inside, say, sentences
+from slimgemm.benchmarks.machine import clock_name
 from slimgemm.benchmarks.pruning_train import accuracy, loader, residual_network, train
+from slimgemm.kernels.timing import cpu_clock
 from slimgemm.pruning.profile import forward_of, forward_times, measure_latency, wanted_times
 from slimgemm.pruning.search_report import Found
 from slimgemm.pruning.space import Allocation, Choices, Space
@@ -39,7 +41,7 @@ from slimgemm.pruning.task import seeded
 
 Row = dict[str, Any]
 Save = Callable[[Row, list[Row]], None]
-ROWS = 16  # of the forward that costs are of
+ROWS = 64  # of the forward that costs are of
 COSTS = {"macs": "max_macs", "latency_ms": "max_latency_ms", "energy_mj": "max_energy_mj"}
 UNSEEN = 8  # random allocations whose latency is predicted
 FITTED = 16  # others, beside evenly cut ones, that the prediction is fitted to
@@ -102,7 +104,7 @@ def fashion(args: argparse.Namespace, save: Save) -> None:
             "widths": f"multiples of {args.multiple_of}",
             "method": str(method_of(args)),
             "steps per candidate": args.short,
-            "times": f"p20 of {args.rounds} rounds, {args.times}",
+            "times": f"p20 of {args.rounds} rounds, {clock_name(torch.device('cpu'))}",
         }
         with tempfile.TemporaryDirectory() as folder:
             one_seed(args, model, data, seed, Path(folder), rows, functools.partial(save, about))
@@ -121,7 +123,9 @@ def one_seed(
     example = data.test_x[:ROWS]
     choices = Choices((pruning.Channels(multiple_of=args.multiple_of),))
     space = Space(model, example, choices)
-    table = pruning.LatencyTable(path=folder / "us.json", rounds=args.rounds, statistic="p20")
+    table = pruning.LatencyTable(
+        path=folder / "us.json", rounds=args.rounds, statistic="p20", clock=cpu_clock()
+    )
     if "latency_ms" in args.costs:
         rows += predictions(space, table, seed)
         save(rows)
@@ -274,7 +278,7 @@ def cosine(model: nn.Module, batches: Sequence[dict[str, Tensor]], want: Tensor)
 
 PARTS = {"fashion": fashion, "minilm": minilm}
 DEFAULTS = {
-    "fashion": {"share": 0.7, "step": 0.06, "held_out": 2000},
+    "fashion": {"share": 0.7, "step": 0.06, "held_out": 1000},
     "minilm": {"share": 0.25, "step": 0.08, "held_out": 256},
 }
 
@@ -300,7 +304,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--short", type=int, default=10, help="steps per candidate")
     add("--after", type=int, nargs="+", default=[30, 100, 300], help="steps at the end, each apart")
     add("--rounds", type=int, default=40, help="of each time")
-    add("--times", default="the machine has other work", help="what is said of the times")
     given = list(sys.argv[1:] if arguments is None else arguments)
     part = parser.parse_known_args(given)[0].part
     parser.set_defaults(**DEFAULTS[part])

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -74,6 +75,8 @@ class LatencyTable:
         rounds: measured rounds per layer.
         statistic: which of p20, p50 and p80 a time is; p20 on a machine with other work, whose
             median moves with that work.
+        clock: nanoseconds, of calls on a CPU; timing.cpu_clock() where other work takes turns with
+            this process.
 
     Raises:
         ValueError: the file was measured on another device or with other versions.
@@ -87,11 +90,12 @@ class LatencyTable:
         twin: Twin | None = None,
         rounds: int = 20,
         statistic: str = "p50",
+        clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         if statistic not in Times._fields:
             raise ValueError(f"statistic must be p20, p50 or p80, got {statistic!r}")
         self.device, self.twin, self.rounds = torch.device(device), twin, rounds
-        self.statistic = statistic
+        self.statistic, self.clock = statistic, clock
         self.identity = identity(device)
         key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         default = cache_folder() / "latency" / f"{self.device.type}-{key[:16]}.json"
@@ -174,7 +178,7 @@ class LatencyTable:
                 if made is not None:
                     held += made[1]
                     calls[str(len(part) - 1)] = made[0]
-            found |= time_us(calls, self.device, rounds=self.rounds) if calls else {}
+            found |= self.timed(calls)
             others = {}
             for i, (signature, pattern, width) in enumerate(part):
                 rows = self.times.setdefault(signature, {}).setdefault(pattern, {})
@@ -186,6 +190,13 @@ class LatencyTable:
             if after is not None:
                 after(done)
         return {name: found[f"also {name}"] for name in also or {}}
+
+    def timed(self, calls: Mapping[str, Callable[[], Any]], rounds: int = 0) -> dict[str, Times]:
+        """Times of calls in turn, by the table's clock, over its own rounds or more."""
+        if not calls:
+            return {}
+        rounds = max(rounds, self.rounds)
+        return time_us(calls, self.device, rounds=rounds, clock=self.clock)
 
     def _call(self, site: Site, pattern: str, width: Width) -> tuple[Callable[[], Any], int] | None:
         """A forward of the layer and the bytes that it holds; None where it cannot be packed."""

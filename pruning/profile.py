@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimgemm.kernels.timing import Times, time_us
+from slimgemm.kernels.timing import Times
 from slimgemm.pruning.geometry import ModelLatency
 from slimgemm.pruning.inputs import Inputs, run
 from slimgemm.pruning.latency import DENSE, LatencyTable, Width, grid
@@ -97,7 +97,7 @@ def forward_times(
         for model in models.values():
             model.eval()
         calls = {name: forward_of(model, example_inputs) for name, model in models.items()}
-        return time_us(calls, table.device, rounds=max(table.rounds, 20))
+        return table.timed(calls, 20)
     finally:
         for module, training in flags:
             module.training = training
@@ -132,7 +132,7 @@ def layer_times(
         for name in names:
             module = copy.deepcopy(model.get_submodule(name)).eval()
             calls[f"{title} {name}"] = _alone(module, inputs[name])
-    found = time_us(calls, table.device, rounds=table.rounds) if calls else {}
+    found = table.timed(calls)
     return {title: {name: found[f"{title} {name}"] for name in names} for title in models}
 
 

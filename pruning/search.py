@@ -210,7 +210,7 @@ class Search(Amount):
         source = given.table if isinstance(given, ModelLatency) else given
         table = LatencyTable(
             source.device, path=own, twin=source.twin, rounds=source.rounds,
-            statistic=source.statistic,
+            statistic=source.statistic, clock=source.clock,
         )  # fmt: skip
         if not own.is_file():
             table.times = copy.deepcopy(source.times)

@@ -1,11 +1,9 @@
-import functools
-
 import pytest
 import torch
 from torch import nn
 
-from slimgemm.kernels.timing import Times, time_us
-from slimgemm.pruning import Channels, NofM, profile
+from slimgemm.kernels.timing import Times
+from slimgemm.pruning import Channels, NofM
 from slimgemm.pruning.geometry import ModelLatency
 from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.profile import (
@@ -65,7 +63,8 @@ def test_what_whole_models_add_to_their_layers_is_fitted():
     assert latency.per_byte == pytest.approx(0.002, rel=0.01)
     assert latency.factor == pytest.approx(1.25, rel=0.01)
     # none goes below zero: models that get slower with fewer bytes have no term of bytes
-    latency.fit(layers, activations, [500 + a - 0.01 * b for a, b in zip(layers, activations)])
+    us = [500 + a - 0.01 * b for a, b in zip(layers, activations, strict=True)]
+    latency.fit(layers, activations, us)
     assert latency.per_byte == 0 and latency.us > 0 and latency.factor > 0
 
 
@@ -78,7 +77,7 @@ def test_one_whole_model_keeps_layers_at_what_they_take_alone():
     assert latency.whole_us(100, 4000) == pytest.approx(80, rel=1e-3)
 
 
-def test_models_and_layers_are_timed_one_by_one(tmp_path, normal, monkeypatch):
+def test_models_and_layers_are_timed_one_by_one(tmp_path, normal):
     now = [0]
 
     class Ticking(nn.Linear):
@@ -88,9 +87,9 @@ def test_models_and_layers_are_timed_one_by_one(tmp_path, normal, monkeypatch):
             now[0] += 1000 * self.out_features
             return super().forward(x)
 
-    monkeypatch.setattr(profile, "time_us", functools.partial(time_us, clock=lambda: now[0]))
     torch.manual_seed(0)
-    x, table = normal(2, 8), LatencyTable(path=tmp_path / "t.json", rounds=3)
+    x = normal(2, 8)
+    table = LatencyTable(path=tmp_path / "t.json", rounds=3, clock=lambda: now[0])
     models = {
         name: nn.Sequential(Ticking(8, width), nn.ReLU(), Ticking(width, 4))
         for name, width in (("small", 8), ("wide", 32))
