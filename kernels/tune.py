@@ -1,10 +1,10 @@
 """Measures the implementations of 2:4 products, shape by shape, into a table for dispatch.py.
 
 Each candidate (an implementation with one of its tiles) is first checked against float64 by the
-tolerance rule, plain and with bias, scale and activation; one that is wrong is recorded and never
-timed. Those that pass are timed together: as CUDA graphs, in turn, each with a cold L2 and over
-several input sets. The table is written after every row, so a run that ends early loses nothing and
-the next one goes on where it stopped.
+tolerance rule, plain and with bias, scale and activation, several times with the same bits; one
+that is wrong is recorded and never timed. Those that pass are timed together: as CUDA graphs, in
+turn, each with a cold L2 and over several input sets. The table is written after every row, so a
+run that ends early loses nothing and the next one goes on where it stopped.
 
 A kernel that never comes back is remembered too: before a candidate first runs, its name is written
 to a file beside the table. If the process dies there, the next run records it and leaves it out.

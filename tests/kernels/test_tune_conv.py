@@ -15,7 +15,7 @@ from slimgemm.kernels.gluon import mma_conv
 from slimgemm.kernels.implementations import CONVOLUTIONS, Linear
 from slimgemm.kernels.reference import spmm_24_ref
 from slimgemm.kernels.reference_conv import conv2d_24_ref
-from slimgemm.kernels.tune_jobs import INPUT_SETS, ConvJob, Job, conv_jobs
+from slimgemm.kernels.tune_jobs import INPUT_SETS, REPEATS, ConvJob, Job, conv_jobs
 from slimgemm.kernels.tune_table import (
     Choice,
     Table,
@@ -73,8 +73,9 @@ def test_every_candidate_is_checked_and_only_the_right_ones_are_timed(tmp_path):
         verdict, reason = verdicts[name]
         assert verdict == "wrong" and reason.endswith("act silu")
     assert len(verdicts) == 3  # no linear layer
-    assert convs["mma_sp"].calls == 4  # plain and with an epilogue: never timed
-    assert convs["dense"].calls == 2 + INPUT_SETS
+    # Two choices, plain, which is repeated, and with an epilogue: never timed.
+    assert convs["mma_sp"].calls == 2 * (1 + REPEATS + 1)
+    assert convs["dense"].calls == 2 * (1 + REPEATS) + INPUT_SETS
     assert load(tmp_path / "t.json").rows == (row,)
 
 
@@ -92,8 +93,8 @@ def test_the_linear_layer_is_measured_by_what_its_own_row_found(tmp_path):
     assert [row for _, row, _ in done] == [*rows] and rows[0].shape == ONE.linear.shape
     assert str(rows[0].ranked[0].choice) == "mma_sp mt=1"
     assert [r.choice.implementation for r in rows[1].ranked] == ["linear", "dense"]
-    # 2 checks and INPUT_SETS calls of both of its choices, then as the convolution
-    assert linear["mma_sp"].calls == 2 * (2 + INPUT_SETS) + 2 + INPUT_SETS
+    # 2 checks, repeated, and INPUT_SETS calls of both of its choices, then as the convolution
+    assert linear["mma_sp"].calls == 3 * (2 * (1 + REPEATS) + INPUT_SETS)
 
 
 def test_dispatch_follows_what_was_tuned(tmp_path):
