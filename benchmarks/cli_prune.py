@@ -113,6 +113,8 @@ def prune(
         fail(f"{error}. What was tried is in {out}/search", 1)
     except ValueError as error:
         fail(str(error), 2)
+    except KeyboardInterrupt:
+        fail(f"stopped; the same command goes on from {out}/search", 130)
     if not result.ok:
         fail(f"verification failed: {result.violations[0]}", 1)
 

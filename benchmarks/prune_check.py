@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -222,6 +223,13 @@ def check_loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Any]) ->
         raise ValueError(f"the loss of the first training batch is {float(value.detach())}")
 
 
+def _empty(search: Path) -> bool:
+    """Whether a search ended before it found anything: its journal has a first line at most."""
+    journal = search / JOURNAL
+    names = {path.name for path in search.iterdir()} - {JOURNAL}
+    return not names and (not journal.is_file() or journal.read_bytes().count(b"\n") < 2)
+
+
 def make_room(out: Path, key: str) -> str | None:
     """Move what another run left in `out` aside, so that this one begins anew or goes on.
 
@@ -238,6 +246,8 @@ def make_room(out: Path, key: str) -> str | None:
             return None
     except ValueError:
         pass
+    if search.is_dir() and _empty(search):
+        shutil.rmtree(search)
     present = [place for place in (search, out / MODEL) if place.exists()]
     if not present:
         return None

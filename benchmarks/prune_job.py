@@ -188,8 +188,8 @@ class Job:
         # What the search does not see itself, but its results depend on.
         tag = (self.make_model, self.make_data, self.metric, self.loss, self.rate, self.device)
         return pruning.Search(
-            str, patterns=tuple(map(self._pattern, self.patterns)), higher_is_better=higher,
-            finetune=pruning.FineTune((), str, self.rate), folder=self.out / SEARCH,
+            _not_yet, patterns=tuple(map(self._pattern, self.patterns)), higher_is_better=higher,
+            finetune=pruning.FineTune((), _not_yet, self.rate), folder=self.out / SEARCH,
             tag=" ".join(map(str, tag)), show=console.is_terminal, say=say, **self.options,
         )  # fmt: skip
 
@@ -279,6 +279,11 @@ class Job:
             f"{self.out / SEARCH}.",
         )
         return checked
+
+
+def _not_yet(*arguments: Any) -> Any:
+    """Stands for the metric and the loss while options alone are checked."""
+    raise AssertionError("the search was run without the user's functions")
 
 
 def _line(console: Console, text: str) -> None:

@@ -308,14 +308,34 @@ def test_a_run_that_failed_does_not_block_its_retry(cli, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_search_that_found_nothing_leaves_nothing_behind(cli, tmp_path):
+    arguments = ["USER:make_model", "USER:make_data", *SHORT, "--max-macs", "110000"]
+    assert cli("prune", *arguments, "--ignore", "absent").exit_code == 2
+    done = cli("prune", *arguments)
+    assert done.exit_code == 0 and "Moved" not in done.output, done.output
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "search"]
+
+
+def test_an_interrupt_says_how_to_go_on(cli, monkeypatch):
+    from slimgemm.benchmarks import prune_job
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune_job.Job, "run", interrupted)
+    done = cli("prune", "USER:make_model", "USER:make_data", "--max-drop", "1")
+    assert done.exit_code == 130
+    assert done.output == "error: stopped; the same command goes on from out/search\n"
+
+
 def test_a_damaged_journal_does_not_block_either(cli, tmp_path):
     arguments = ["USER:make_model", "USER:make_data", *SHORT, "--max-macs", "110000"]
     (tmp_path / "out/search").mkdir(parents=True)
-    (tmp_path / "out/search/candidates.jsonl").write_text("half a li\n")
+    (tmp_path / "out/search/candidates.jsonl").write_text("half a li\nne\n")
     done = cli("prune", *arguments)
     assert done.exit_code == 0, done.output
     moved = tmp_path / "out/earlier-1/search/candidates.jsonl"
-    assert moved.read_text() == "half a li\n"
+    assert moved.read_text() == "half a li\nne\n"
 
 
 def test_a_metric_of_which_less_is_better(cli, tmp_path):
