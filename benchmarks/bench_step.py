@@ -59,12 +59,14 @@ def check(
 
 def check_dense(g: Given, got: Gradients) -> tuple[float, float]:
     """Of a dense layer, which has the gradient of every weight."""
-    return check(g, *got, kept=lambda dw: dw)
+    dx, dw = got
+    return check(g, dx, dw, lambda gradient: gradient)
 
 
 def check_packed(g: Given, got: Gradients) -> tuple[float, float]:
     """Of a packed layer, which has those of the stored values."""
-    return check(g, *got, kept=lambda dw: gather_24_ref(dw, kernels.pack_24(g.w)))
+    dx, dw = got
+    return check(g, dx, dw, lambda gradient: gather_24_ref(gradient, kernels.pack_24(g.w)))
 
 
 def step(p: Product) -> Case:
