@@ -65,10 +65,11 @@ class Reordered:
 
 @dataclass
 class Reader:
-    """A layer and the units on its columns, four by four."""
+    """A layer, the units on its columns four by four, and their labels (see `_labels`)."""
 
     name: str
     fours: Quads
+    labels: frozenset[int]
 
 
 def permute(
@@ -109,11 +110,13 @@ def permute(
     coupling = trace(model, example_inputs, lambda name: None, ORDER_RULES, reorder_outputs)
     reading = [layer for layer in layers if (f"{layer.name}.weight", 1) in coupling.axes]
     sizes = _sizes(model, reading, example_inputs, score or Magnitude(), calibration)
-    readers = [Reader(n, _fours(coupling, coupling.axes[f"{n}.weight", 1])) for n in sizes]
+    label = _labels(coupling)
+    readers = [_reader(coupling, label, name) for name in sizes]
     source: dict[int, int] = {}
     changed: set[str] = set()
-    for quads in _alike(readers, _labels(coupling)):
-        votes = {r.name: places for r in readers if (places := _places(r, quads)).size}
+    for kind, quads in _alike(readers, label).items():
+        able = [reader for reader in readers if kind in reader.labels]
+        votes = {r.name: places for r in able if (places := _places(r, quads)).size}
         rows = [_columns(sizes[name], row) for name, places in votes.items() for row in places]
         order = find_permutation(torch.cat(rows), rounds=rounds, seed=seed)
         units = np.array(quads).flatten()
@@ -191,16 +194,16 @@ def _labels(coupling: Coupling) -> NDArray[np.int64]:
     return label
 
 
-def _fours(coupling: Coupling, ids: Ids) -> Quads:
-    """Units on the columns of a layer, four by four; what is left over at the end is not listed."""
-    roots = coupling.sets.roots(ids)
-    return [
-        tuple(four) for four in roots[: roots.size // GROUP * GROUP].reshape(-1, GROUP).tolist()
-    ]
+def _reader(coupling: Coupling, label: NDArray[np.int64], name: str) -> Reader:
+    """What a layer reads; columns left over behind its groups of four are not listed."""
+    roots = coupling.sets.roots(coupling.axes[f"{name}.weight", 1])
+    roots = roots[: roots.size // GROUP * GROUP]
+    labels = frozenset(label[roots[roots != FIXED]].tolist())
+    return Reader(name, [tuple(four) for four in roots.reshape(-1, GROUP).tolist()], labels)
 
 
-def _alike(readers: Sequence[Reader], label: NDArray[np.int64]) -> list[Quads]:
-    """Groups of four units whose members may change places with each other, in lists of two up.
+def _alike(readers: Sequence[Reader], label: NDArray[np.int64]) -> dict[int, Quads]:
+    """Label -> groups of four units that may all change places with each other, two or more.
 
     The first layer that reads a unit says in which group it is.
     """
@@ -212,7 +215,7 @@ def _alike(readers: Sequence[Reader], label: NDArray[np.int64]) -> list[Quads]:
             if len(labels) == 1 and 0 not in labels and len({*four} - seen) == GROUP:
                 found.setdefault(labels.pop(), []).append(four)
             seen |= {*four}
-    return [quads for quads in found.values() if len(quads) > 1]
+    return {kind: quads for kind, quads in found.items() if len(quads) > 1}
 
 
 def _places(reader: Reader, quads: Quads) -> NDArray[np.int64]:
@@ -221,7 +224,7 @@ def _places(reader: Reader, quads: Quads) -> NDArray[np.int64]:
     A layer that mixes the groups has no say, [0]; its columns follow.
     """
     order = {frozenset(quad): i for i, quad in enumerate(quads)}
-    at: list[list[int]] = [[] for _ in quads]
+    at: list[list[list[int]]] = [[] for _ in quads]
     members = {unit for quad in quads for unit in quad}
     for place, four in enumerate(reader.fours):
         known = order.get(frozenset(four))
