@@ -113,10 +113,16 @@ def summary(rows: Sequence[Row], metric: str) -> list[Row]:
                 "limit_%": spread([100 * row["limit"] / row["dense"] for row in first], 1),
                 "limit_met_as_measured_again": f"{met} of {len(seeds)}",
                 "candidates": spread([row["candidates"] for row in first], 0),
-                "search_s": spread([row["search_s"] for row in first], 0),
+                "search_cpu_s": _known([row.get("search_cpu_s") for row in first]),
             }
         )
     return found
+
+
+def _known(values: Sequence[float | None]) -> str:
+    """Spread of values that were all recorded."""
+    known = [value for value in values if value is not None]
+    return spread(known, 0) if len(known) == len(values) else "not recorded"
 
 
 def _prose(rows: Sequence[Row], metric: str) -> list[str]:

@@ -6,7 +6,7 @@ from slimgemm.benchmarks import bench_search_report
 
 ROWS = [
     {"seed": s, "cost": "macs", "what": w, "limit": 50, "value": v, "dense": 100,
-     "accuracy_percent": a, "method": "netadapt", "after": 60, "candidates": 5, "search_s": 7}
+     "accuracy_percent": a, "method": "netadapt", "after": 60, "candidates": 5, "search_cpu_s": 7}
     for s, w, v, a in ((0, "searched", 49, 90.0), (0, "even", 48, 88.0), (1, "searched", 51, 91.0),
                        (1, "even", 47, 89.5))
 ]  # fmt: skip
@@ -17,6 +17,10 @@ def test_margins_are_seed_by_seed_and_limits_are_counted():
     assert row["margin"] == "1.75 ± 0.35" and row["beyond_its_spread"] == "yes"
     assert row["limit_met_as_measured_again"] == "1 of 2" and row["searched"] == "90.50 ± 0.71"
     assert (row["method"], row["steps"], row["candidates"]) == ("netadapt", 60, "5 ± 0")
+    assert row["search_cpu_s"] == "7 ± 0"
+    without = [{k: v for k, v in r.items() if k != "search_cpu_s"} for r in ROWS]
+    (bare,) = bench_search_report.summary(without, "accuracy_percent")
+    assert bare["search_cpu_s"] == "not recorded"
     longer = [dict(r, after=300, accuracy_percent=92.0) for r in ROWS]
     rows = bench_search_report.summary([*ROWS, *longer], "accuracy_percent")
     assert [(r["steps"], r["margin"]) for r in rows] == [(60, row["margin"]), (300, "0.00 ± 0.00")]
