@@ -153,7 +153,8 @@ def test_minutes_and_out(gpu, tmp_path):
     slow = {"now": 0.0}
 
     def dense(*args):
-        slow["now"] += 15  # the check runs it 18 times, the clock 4: 5 minutes are over with the row
+        # The check runs it 18 times, the clock 4 times: 5 minutes are over with the first row.
+        slow["now"] += 15
         return spmm_24_ref(*args)
 
     gpu["dense"] = Fake(dense)
