@@ -93,12 +93,22 @@ def bench(
             shape_set(name), dtypes_of(dtype, gpu), device, out, command_of(sys.argv),
             Peers(compiled), seconds,
         )  # fmt: skip
+        ops = list(dict.fromkeys(ops))
         old = recorded(compare, device, ops) if compare else {}
+        make_folder(out)
     except ValueError as error:
         fail(str(error))
     bad = run_all(ops, name, settings, old, console)
     if bad:
         fail(f"{len(bad)} rows are not as they must be:\n" + "\n".join(bad), 1)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the recorded files; ValueError where it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} must be a folder: {error.strerror}") from error
 
 
 def command_of(arguments: list[str]) -> str:

@@ -137,6 +137,19 @@ def test_bad_input_is_refused(tmp_path, arguments, text):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place", ["file", "file/deeper"])
+def test_a_folder_that_cannot_be_made_is_refused_before_measuring(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    done = bench(tmp_path / place, "--op", "pack_24")
+    assert done.exit_code == 2 and "must be a folder" in done.output
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_op_named_twice_runs_once(tmp_path):
+    done = bench(tmp_path, "--op", "pack_24", "--op", "pack_24")
+    assert done.exit_code == 0 and done.output.count("Wrote ") == 1
+
+
 def test_predictions_are_labelled_and_are_the_floors_of_the_data_sheet(tmp_path):
     done = bench(tmp_path, "--op", "prediction")
     assert done.exit_code == 0 and "nothing in this file was measured" in done.output
