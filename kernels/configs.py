@@ -45,7 +45,7 @@ GEMM_CHANNELS_TILES = (
     Tile(16, 64, 128, 4, 4),
     Tile(32, 64, 128, 4, 4),
     Tile(64, 64, 64, 4, 4),
-    Tile(128, 128, 32, 8),
+    Tile(128, 128, 32, 8, 4),  # 3 stages fail in the compiler for gfx950 (TritonAMDGPUBlockPingpong)
 )
 # Where 16 does not divide the channels, or they are no runs, each element has its own address:
 # the steps above spill (312 to 1840 bytes on sm_80).
@@ -122,12 +122,12 @@ def conv_wgrad_tile(columns: int, scalar: bool) -> Tile:
 def channels_tile(tiles: tuple[Tile, ...], rows: int, itemsize: int, scalar: bool) -> Tile:
     """The tile of conv2d_channels, one of `tiles` where there are tensor cores.
 
-    With operands of 4 bytes, a tile of 128 columns spills.
+    With operands of 4 bytes, a tile of 128 columns spills, and 4 stages exceed the LDS of gfx942.
     """
     if scalar:
         return tile_for(CHANNELS_SCALAR_TILES, rows)
     tile = tile_for(tiles, rows, itemsize)
-    return tile._replace(n=min(tile.n, 64)) if itemsize == 4 else tile
+    return tile._replace(n=64, stages=3) if itemsize == 4 and tile.n > 64 else tile
 
 
 def gemm_channels_tile(rows: int, itemsize: int, scalar: bool, ragged: bool = False) -> Tile:

@@ -42,6 +42,8 @@ TIGHT = [
     Build("gemm_channels", "m 31 ragged", "fp16", "sm_80"),
     Build("gemm_channels", "m 31 ragged", "bf16", "sm_90"),
     Build("gemm_channels", "m 63 ragged", "tf32", "sm_120"),
+    Build("gemm_channels", "m 128 runs", "fp16", "gfx950"),
+    Build("gemm_channels", "m 128 all", "tf32", "gfx942"),
     Build("gemm_channels_wgrad", "ragged", "tf32", "sm_80"),
     Build("conv2d_channels", "m 63 ragged", "fp16", "sm_90"),
     Build("conv2d_channels", "m 63 odd", "tf32", "sm_120"),

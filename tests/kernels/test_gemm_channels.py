@@ -290,7 +290,7 @@ def test_tiles_by_rows_and_precision():
     assert tile(16, 2) == tile(1, 2) == GEMM_CHANNELS_TILES[0] and tile(9999, 2) == last
     assert tile(9999, 2, ragged=True) == GEMM_CHANNELS_RAGGED_TILES[-1]
     assert tile(16, 2, ragged=True) == GEMM_CHANNELS_RAGGED_TILES[0]
-    assert tile(9999, 4) == last._replace(n=64)
+    assert tile(9999, 4) == last._replace(n=64, stages=3)
     assert tile(16, 4).k == GEMM_CHANNELS_TILES[0].k // 2
     assert tile(9999, 4, scalar=True) == Tile(64, 64, 16, 8)
 
