@@ -45,7 +45,7 @@ GEMM_CHANNELS_TILES = (
     Tile(16, 64, 128, 4, 4),
     Tile(32, 64, 128, 4, 4),
     Tile(64, 64, 64, 4, 4),
-    Tile(128, 128, 32, 8, 4),  # 3 stages fail in the compiler for gfx950 (TritonAMDGPUBlockPingpong)
+    Tile(128, 128, 32, 8, 4),  # with 3 stages the compiler for gfx950 fails
 )
 # Where 16 does not divide the channels, or they are no runs, each element has its own address:
 # the steps above spill (312 to 1840 bytes on sm_80).
