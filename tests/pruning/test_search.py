@@ -144,6 +144,9 @@ def test_killed_at_random_it_resumes_to_the_same_end(
         left[0] = luck.randrange(1, 8)
         child = os.fork()
         if child == 0:
+            # A fork does not have the threads of its parent, and can wait for one for ever; the
+            # alarm's default is to kill it too.
+            signal.alarm(20)
             try:
                 search.run(blobs.model, blobs.example)
             finally:
