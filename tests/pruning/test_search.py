@@ -146,7 +146,7 @@ def test_killed_at_random_it_resumes_to_the_same_end(
         if child == 0:
             # A fork does not have the threads of its parent, and can wait for one for ever; the
             # alarm's default is to kill it too.
-            signal.alarm(20)
+            signal.alarm(8)
             try:
                 search.run(blobs.model, blobs.example)
             finally:
