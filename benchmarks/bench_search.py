@@ -184,9 +184,17 @@ def compared(
                          "kept": allocation.as_dict()["channels"],
                          "accuracy_percent": percent})  # fmt: skip
             say(str(rows[-1]))
-    top = accuracy(found.model, data.test_x, data.test_y)
-    rows.append({**row, "what": "finished", "value": values["searched"], "accuracy_percent": top})
-    say(str(rows[-1]))
+    # The end of the search beside an even cut that is trained for as many steps.
+    steps = [r["steps"] for r in found.records if r["kind"] == "finalist"][-1]
+    result = [r["finalist"] for r in found.records if r["kind"] == "finished"][-1]
+    other, _ = space.apply(flat)
+    with seeded(row["seed"]):
+        tune(other, steps)
+    for what, pruned in (("searched", found.model), ("even", other)):
+        rows.append({**row, "what": what, "after": "all", "steps": steps, "result": result,
+                     "value": values[what],
+                     "accuracy_percent": accuracy(pruned, data.test_x, data.test_y)})  # fmt: skip
+        say(str(rows[-1]))
     return rows
 
 

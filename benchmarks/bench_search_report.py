@@ -21,8 +21,8 @@ INTRODUCTION = (
     "Written by bench_search from search.json. Even: every group loses the same share; its cost\n"
     "is the limit of the search. Both allocations are cut from the same dense model, and tuned\n"
     "for so many steps over the same batches. The margin is searched less even, seed by seed\n"
-    "(mean ± standard deviation); it counts where it is beyond its spread. Finished: the model\n"
-    "that the search itself ends with, which was fine-tuned step by step."
+    "(mean ± standard deviation); it counts where it is beyond its spread. Steps `all`: the\n"
+    "model that the search ends with, beside the even cut after as many steps of training."
 )
 METRICS = {"fashion": "accuracy_percent", "minilm": "cosine_percent"}
 Row = dict[str, Any]
@@ -130,10 +130,11 @@ def _prose(rows: Sequence[Row], metric: str) -> list[str]:
     dense = [row[metric] for row in rows if row["what"] == "dense"]
     if dense:
         lines += [f"Dense: {spread(dense)}.", ""]
-    for cost in dict.fromkeys(row["cost"] for row in rows if row["what"] == "finished"):
-        ends = [r[metric] for r in rows if r["what"] == "finished" and r["cost"] == cost]
-        lines += [f"Finished, {cost}: {spread(ends)}.", ""]
-    held = [r for r in rows if r["what"] == "finished" and "predicted" in r]
+    ended = [row for row in rows if row["what"] == "searched" and row.get("after") == "all"]
+    for cost in dict.fromkeys(row["cost"] for row in ended):
+        said = [f"{r['result']} ({r['steps']} steps)" for r in ended if r["cost"] == cost]
+        lines += [f"The best finalist at the end, {cost}: {', '.join(said)}.", ""]
+    held = [row for row in ended if "predicted" in row]
     if held:
         kept = sum(r["held_in_search"] <= r["limit"] for r in held)
         off = [100 * abs(r["predicted"] / r["value"] - 1) for r in held]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -243,7 +243,7 @@ class NetAdaptSearch:
         value = float(task.journal[f"step {place} {best.site}"]["value"])
         if kept is None:
             kept = self._made(space, before, best, place)
-        return Snapshot(kept.model, kept.surgery, kept.allocation, value)
+        return replace(kept, value=value)
 
     def _uncut(self, before: Snapshot, place: int) -> float:
         """The metric of the step's model, trained as its candidates are."""
@@ -267,7 +267,7 @@ class NetAdaptSearch:
         self.task.tuned(model, self.task.short, f"step {place}")
         whole = compose(before.surgery, surgery)
         allocation = self._allocation(before, candidate)
-        return Snapshot(model, whole, allocation, float("nan"))
+        return Snapshot(model, whole, allocation, float("nan"), before.trained + self.task.short)
 
 
 def _price(loss: float, saving: float) -> float:

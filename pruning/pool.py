@@ -65,7 +65,7 @@ class Pool:
         allocation, value, _ = best
         model, surgery = self.space.apply(allocation)
         self.task.tuned(model, self.task.short, self.method)
-        return Snapshot(model, surgery, allocation, value)
+        return Snapshot(model, surgery, allocation, value, self.task.short)
 
     def _infeasible(self, limits: Limits) -> Infeasible:
         best = {"drop": min(self.task.drop(value) for _, value, _ in self.tried.values())}

@@ -1,7 +1,8 @@
 """search: how much to prune where, under limits of cost and of the metric.
 
-A method (NetAdapt, Pareto, AMC) offers an allocation; the search fine-tunes it long, measures it,
-and accepts it only where every limit holds as measured. Otherwise it tightens and asks again.
+A method (NetAdapt, Pareto, AMC) offers an allocation; the search fine-tunes it long, beside an even
+cut and what lies between (finalists.py), measures the best, and accepts it only where every limit
+holds as measured. Otherwise it tightens and asks again.
 Everything found is logged, so that a killed search goes on and ends the same.
 """
 
@@ -23,6 +24,7 @@ from slimgemm.kernels.timing import Times
 from slimgemm.pruning.allocate import Amount, PerLayer, Setting, Units
 from slimgemm.pruning.amc import AMC
 from slimgemm.pruning.energy import ENERGY
+from slimgemm.pruning.finalists import best_finalist, why_not_own
 from slimgemm.pruning.geometry import UNITS, Costs, ModelLatency
 from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.journal import Journal, run_key
@@ -241,13 +243,14 @@ class Search(Amount):
         best: dict[str, float] = {}
         for number in range(TRIES):
             chosen = search.choose(limits, failed)
-            done = self._finished(task, chosen, number)
+            name, done = self._finished(task, chosen, limits, failed, number)
             measured, times = self._measured(task, done, number)
             drop = task.drop(done.value)
             task.journal.add(
                 f"finished {number}",
                 {
                     "kind": "finished",
+                    "finalist": name,
                     "allocation": done.allocation.as_dict(),
                     "value": done.value,
                     "drop": drop,
@@ -257,9 +260,11 @@ class Search(Amount):
             over = not task.limits.met(measured)
             most = math.inf if task.limits.max_drop is None else task.limits.max_drop
             if not over and drop <= most and math.isfinite(drop):
+                if name != "searched":
+                    task.notes.append(why_not_own(task, name, number))
                 return self._found(task, space, done, measured, times)
             best = {"drop": drop, **measured.as_dict()}
-            failed.add(chosen.allocation.key)
+            failed |= {chosen.allocation.key, done.allocation.key}
             if over:
                 limits = limits.tightened(measured)
             elif limits.costs:
@@ -272,17 +277,17 @@ class Search(Amount):
             best,
         )
 
-    def _finished(self, task: Task, chosen: Snapshot, number: int) -> Snapshot:
-        """The chosen model after the long fine-tuning, from its file where that is there."""
-        path = task.folder / "finished" / f"{number}.safetensors"
-        if path.is_file():
-            return load_snapshot(path, task.model)
-        model = copy.deepcopy(chosen.model)
-        task.tuned(model, task.long, f"finish {number}")
-        done = replace(chosen, model=model, value=task.value(model))
-        task.tell(f"finished {number}", done.value)
+    def _finished(
+        self, task: Task, chosen: Snapshot, limits: Limits, failed: set[str], number: int
+    ) -> tuple[str, Snapshot]:
+        """The best model after the long fine-tuning, from its file where that is there."""
+        path, key = task.folder / "finished" / f"{number}.safetensors", f"finished {number}"
+        if path.is_file() and key in task.journal:
+            return task.journal[key]["finalist"], load_snapshot(path, task.model)
+        name, done = best_finalist(task, chosen, limits, failed, number)
+        task.tell(f"finished {number}: {name}", done.value)
         save_snapshot(path, done)
-        return done
+        return name, done
 
     def _measured(self, task: Task, done: Snapshot, number: int) -> tuple[Costs, dict[str, Times]]:
         """Costs counted on the finished model itself; latency and energy as they ran."""

@@ -31,12 +31,14 @@ class Snapshot:
         surgery: all that was cut from the dense model, or None.
         allocation: relative to the groups of the dense model.
         value: its metric.
+        trained: steps of fine-tuning since it was dense.
     """
 
     model: nn.Module
     surgery: Surgery | None
     allocation: Allocation
     value: float
+    trained: int = 0
 
 
 def compose(first: Surgery | None, second: Surgery | None) -> Surgery | None:
@@ -67,7 +69,11 @@ def save_snapshot(path: Path, snapshot: Snapshot) -> None:
         tensors |= {f"slice:{axis}:{name}": v for (name, axis), v in surgery.slices.items()}
         tensors |= {f"kept_in:{name}": v for name, v in surgery.kept_in.items()}
         tensors |= {f"kept_out:{name}": v for name, v in surgery.kept_out.items()}
-    about = {"allocation": snapshot.allocation.key, "value": snapshot.value}
+    about = {
+        "allocation": snapshot.allocation.key,
+        "value": snapshot.value,
+        "trained": snapshot.trained,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}.part")
     # One key: safetensors writes several in an order that differs from run to run.
@@ -89,7 +95,7 @@ def load_snapshot(path: Path, dense: nn.Module) -> Snapshot:
             about = json.loads((file.metadata() or {})["about"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         allocation = Allocation.from_dict(json.loads(about["allocation"]))
-        value = float(about["value"])
+        value, trained = float(about["value"]), int(about["trained"])
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder to begin anew") from error
 
@@ -107,4 +113,4 @@ def load_snapshot(path: Path, dense: nn.Module) -> Snapshot:
         shrink(model, surgery)
     model.load_state_dict(part("state:"))
     load_masks(model, part("mask:"))
-    return Snapshot(model, surgery, allocation, value)
+    return Snapshot(model, surgery, allocation, value, trained)

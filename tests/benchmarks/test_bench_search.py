@@ -35,7 +35,8 @@ def test_margins_are_seed_by_seed_and_limits_are_counted():
 def test_pages_hold_losses_failures_and_parts_not_run(tmp_path):
     unseen = [{"seed": 0, "what": "unseen", "error_percent": e} for e in (4.0, -12.0)]
     failed = [{"seed": 0, "cost": "energy_mj", "what": "searched", "failed": "too low"}]
-    ended = {"seed": 0, "cost": "latency_ms", "what": "finished", "accuracy_percent": 89.0,
+    ended = {"seed": 0, "cost": "latency_ms", "method": "netadapt", "what": "searched",
+             "after": "all", "steps": 70, "result": "half way", "accuracy_percent": 89.0,
              "limit": 2.0, "predicted": 1.8, "value": 2.0, "held_in_search": 1.9}  # fmt: skip
     dense = {"seed": 0, "what": "dense", "accuracy_percent": 92.0}
     rows = [*ROWS, *unseen, *failed, ended, dense]
@@ -46,6 +47,6 @@ def test_pages_hold_losses_failures_and_parts_not_run(tmp_path):
     text = (tmp_path / "search.md").read_text()
     assert "median error 8.0 %, worst 12.0 %, within 10 %: 1 of 2" in text
     assert "Failed searches: energy_mj, seed 0: too low." in text
-    assert "Finished, latency_ms: 89.00." in text
+    assert "The best finalist at the end, latency_ms: half way (70 steps)." in text
     assert "as the search measured it: 1 of 1; its prediction was off by at most 10.0 %" in text
     assert "Dense: 92.00." in text and "Not run." in text and "1.75 ± 0.35" in text

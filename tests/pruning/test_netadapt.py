@@ -53,8 +53,12 @@ def test_candidates_of_a_step_and_its_uncut_model_meet_the_same_random_numbers(b
             place += 1
         else:
             expected.append(place)
-    by_step = list(dict.fromkeys(seeds))
-    assert [by_step[place] for place in expected] == seeds and len(by_step) == place
+    steps, end = seeds[: len(expected)], seeds[len(expected) :]
+    by_step = list(dict.fromkeys(steps))
+    assert [by_step[place] for place in expected] == steps and len(by_step) == place
+    finalists = sum(r["kind"] == "finalist" for r in found.records)
+    assert finalists == 4  # the method's own is not trained again, as long=0
+    assert len(end) == finalists - 1 and len({*end} - {*steps}) == 1  # theirs are the same too
 
 
 def test_price():

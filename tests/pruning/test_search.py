@@ -360,7 +360,7 @@ def test_a_candidate_whose_metric_is_not_finite_loses(
     assert lost and all(record["lost"].startswith("the metric metric is ") for record in lost)
     assert f"{len(lost)} candidates lost: their metric is not finite" in found.notes
     assert sum(", lost" in line for line in said) == len(lost) < len(said)
-    assert said[-1].startswith("finished 0: metric ") and max(map(len, said)) < 130
+    assert said[-1].startswith("finished 0: ") and max(map(len, said)) < 130
     found.draw(tmp_path / "front.png")
 
 
