@@ -18,7 +18,11 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
+from torch import nn
+
+from slimgemm.kernels.timing import Times
 from slimgemm.pruning.geometry import Costs
 from slimgemm.pruning.snapshot import Snapshot
 from slimgemm.pruning.space import Allocation, Space
@@ -26,6 +30,21 @@ from slimgemm.pruning.task import Limits, Task
 
 SHARES = 128  # steps of the share of an even cut
 WEIGHTS = {"half way": 0.5, "even": 0.0}  # of the method's allocation
+
+
+class End(NamedTuple):
+    """A finished model; its number, the name of the finalist, and what it came to."""
+
+    number: int
+    name: str
+    done: Snapshot
+    drop: float
+    measured: Costs
+    times: dict[str, Times]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.done.model
 
 
 def between(space: Space, chosen: Allocation, weight: float, share: float) -> Allocation:

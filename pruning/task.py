@@ -23,6 +23,7 @@ from slimgemm.pruning.latency import packed_wins
 from slimgemm.pruning.plan import layer_seed
 from slimgemm.pruning.space import Allocation, Choices, Space
 
+SLACK = 0.03  # of a cost: what measuring again may move it by
 WORDS = 80  # characters of a line that name a candidate
 Evaluate = Callable[[nn.Module], float]
 Tune = Callable[[nn.Module, int], None]
@@ -76,6 +77,11 @@ class Limits:
         """Whether every limit of cost holds."""
         return all(costs.get(name) <= limit for name, limit in self.costs.items())
 
+    def held(self, costs: Costs, drop: float) -> bool:
+        """Whether every limit holds, that of the metric too."""
+        most = math.inf if self.max_drop is None else self.max_drop
+        return self.met(costs) and drop <= most and math.isfinite(drop)
+
     def tightened(self, costs: Costs, margin: float = 0.01) -> Limits:
         """Lower by as much as these measured costs are above, and a little more."""
         scaled = {
@@ -85,6 +91,20 @@ class Limits:
             for name, limit in self.costs.items()
         }
         return replace(self, costs=scaled)
+
+    def corrected(self, predicted: Costs, measured: Costs) -> Limits:
+        """Higher by as much as these measured costs are below what was predicted, less a little.
+
+        As it is where the model is within SLACK of the limits, or was predicted about as well.
+        """
+
+        def correct(name: str, limit: float) -> float:
+            found, said = measured.get(name), predicted.get(name)
+            if found >= limit * (1 - SLACK) or said <= found * (1 + SLACK):
+                return limit
+            return limit * said / found * 0.99
+
+        return replace(self, costs={name: correct(name, c) for name, c in self.costs.items()})
 
     def __str__(self) -> str:
         parts = [f"{limit:g} {UNITS[name]}" for name, limit in self.costs.items()]
@@ -270,3 +290,18 @@ def differing_outputs(model: nn.Module, example_inputs: Inputs) -> str | None:
         if not torch.equal(a, b):
             worst = max(worst, float((a.double() - b.double()).abs().max()))
     return f"by up to {worst:.3g}" if worst else None
+
+
+def check_reachable(task: Task, space: Space) -> None:
+    """Raise Infeasible where even the least allocation is above a limit."""
+    masks = {name: words[0] for name in space.maskable if (words := task.words(space, name))}
+    both = [task.costs(space, space.least({})), task.costs(space, space.least(masks))]
+    for name, limit in task.limits.costs.items():
+        least = min(costs.get(name) for costs in both)
+        if least > limit:
+            dense = task.costs(space, Allocation()).get(name)
+            raise Infeasible(
+                f"max_{name}={limit:g} cannot be reached: dense the model takes {dense:.6g} "
+                f"{UNITS[name]}, with every group at its floor {least:.6g}; ask for that or more",
+                {name: least},
+            )

@@ -55,9 +55,7 @@ def test_all_are_within_the_limit_and_trained_as_long_and_the_best_is_the_result
     assert bool(found.notes) == (last["finalist"] != "searched")
 
 
-def test_where_an_even_cut_is_better_it_is_the_result_and_the_notes_say_so(
-    searching, blobs, space
-):
+def test_where_an_even_cut_is_better_it_is_the_result_and_the_notes_say_so(searching, blobs, space):
     limit = 0.5 * count_macs(blobs.model, blobs.example).macs
 
     def metric(model):  # only where both layers lost as much as the other
@@ -85,7 +83,7 @@ def test_without_a_limit_of_cost_none_is_dearer(searching, blobs, space):
 
 
 def test_between_an_allocation_and_an_even_cut(space):
-    first, *others = space.options
+    first = next(iter(space.options))
     chosen = Allocation({first: min(space.options[first])}, {"0": "2:4"})
     assert between(space, chosen, 1.0, 0.5) == chosen
     assert between(space, chosen, 0.0, 0.5) == space.uniform(0.5)

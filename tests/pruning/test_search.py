@@ -279,6 +279,27 @@ def test_the_latency_limit_holds_as_measured(searching, blobs, clock):
     assert set(found.times) == {"dense", "finished"}
 
 
+def test_what_was_predicted_too_dear_may_use_what_the_limit_allows(searching, blobs, clock):
+    table = clock(0.6)  # the finished model is faster than predicted
+    limit = 0.45 * timed(blobs.model) / 1e3  # of 0.6 that the dense model takes
+    found = searching(max_latency_ms=limit, latency=table, evaluate=wide).run(
+        blobs.model, blobs.example
+    )
+    first, second = (r for r in found.records if r["kind"] == "finished")
+    assert first["costs"]["latency_ms"] < 0.65 * limit < second["costs"]["latency_ms"] <= limit
+    assert found.value == second["value"] > first["value"]
+    assert found.measured.latency_ms == pytest.approx(0.6 * timed(found.model) / 1e3)
+    # where the wider one is no better, or does not hold, the first stays
+    narrow = searching(max_latency_ms=limit, latency=table, evaluate=lambda m: -wide(m))
+    found = narrow.run(blobs.model, blobs.example)
+    first, second = (r for r in found.records if r["kind"] == "finished")
+    assert found.value == first["value"] > second["value"]
+
+
+def wide(model):
+    return float(sum(p.numel() for p in model.parameters()))
+
+
 def test_24_is_chosen_only_where_the_packed_layer_wins(searching, blobs, clock):
     table = clock(1.0)
     both = (Channels(multiple_of=16), NofM(2, 4))
