@@ -229,6 +229,9 @@ def _cpu_table(record: Record) -> str:
     for layer, of_layer in found.items():
         cells = [layer]
         for m in tokens:
+            if m not in of_layer:
+                cells.append("–")
+                continue
             dense, ours = of_layer[m]["torch dense"], of_layer[m][OURS]
             times = f"{number(dense.eager_us_p50)}, {number(ours.eager_us_p50)}"
             slower = (ours.best_dense_over_this or 0) < 1
