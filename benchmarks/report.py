@@ -230,7 +230,7 @@ def _cpu_table(record: Record) -> str:
         cells = [layer]
         for m in tokens:
             if m not in of_layer:
-                cells.append("–")
+                cells.append("-")
                 continue
             dense, ours = of_layer[m]["torch dense"], of_layer[m][OURS]
             times = f"{number(dense.eager_us_p50)}, {number(ours.eager_us_p50)}"
