@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.benchmarks import machine
+from slimgemm.benchmarks.cli_bench import command_of
 from slimgemm.kernels.reference import allowed_error, output_error, prune_dense_24_ref
 from slimgemm.kernels.timing import Times, percentiles
 from slimgemm.sparse_ops import SparseConv2d24, SparseLinear24
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     cpu, before, rows = torch.device("cpu"), torch.get_num_threads(), []
-    head = machine.head(cpu, f"{parser.prog} {' '.join(given)}")
+    head = machine.head(cpu, command_of([parser.prog, *given], parser.prog))
     for threads in args.threads:
         torch.set_num_threads(threads)
         for case in cases(args.largest):

@@ -111,14 +111,14 @@ def make_folder(out: Path) -> None:
         raise ValueError(f"--out {out} must be a folder: {error.strerror}") from error
 
 
-def command_of(arguments: list[str]) -> str:
+def command_of(arguments: list[str], program: str = "slimgemm") -> str:
     """The command line that measures this again: no folder of the program, nor of the output."""
     words = [word for word in arguments[1:] if not word.startswith("--out=")]
     while "--out" in words:
         place = words.index("--out")
         del words[place : place + 2]
     threads = os.environ.get("OMP_NUM_THREADS")  # of them depends which clock is read
-    return f"OMP_NUM_THREADS={threads} " * bool(threads) + shlex.join(["slimgemm", *words])
+    return f"OMP_NUM_THREADS={threads} " * bool(threads) + program + " " + shlex.join(words)
 
 
 def dtypes_of(names: Iterable[str] | None, gpu: bool) -> tuple[Any, ...]:

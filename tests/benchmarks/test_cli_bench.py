@@ -207,6 +207,8 @@ def test_the_recorded_command_measures_the_same_again(monkeypatch):
     words = ["/usr/bin/slimgemm", "bench", "--out", "/tmp/a b", "--op", "pack_24", "--out=x"]
     assert cli_bench.command_of(words) == "slimgemm bench --op pack_24"
     assert cli_bench.command_of(["slimgemm", "bench", "--op", "a b"]) == "slimgemm bench --op 'a b'"
+    other = ["x", "--threads", "1", "--out", "/home/me/cpu_layers.json"]
+    assert cli_bench.command_of(other, "python -m part") == "python -m part --threads 1"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cli_bench.command_of(words) == "OMP_NUM_THREADS=1 slimgemm bench --op pack_24"
 
