@@ -15,7 +15,7 @@ def test_rows_say_what_was_measured(tmp_path, capsys):
     assert bench_cpu.main(arguments) == 0
     assert torch.get_num_threads() == before
     found = json.loads(path.read_text())
-    assert found["head"]["command"].endswith(" ".join(arguments))
+    assert found["head"]["command"].endswith(".bench_cpu " + " ".join(arguments[:-2]))
     assert {"load_average_before", "load_average_after"} <= found["head"].keys()
     (row,) = found["rows"]
     assert row["case"].startswith("conv2d forward") and (row["threads"], row["clock"]) == (
