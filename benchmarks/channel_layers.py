@@ -6,6 +6,7 @@ Rates count the products of the layer before channels were dropped, as for every
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ class Given(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChannelLayer:
+class ChannelLayer(ABC):
     """A layer of which about `ratio` of both channels is kept, in runs of `run`."""
 
     name: str
@@ -45,9 +46,9 @@ class ChannelLayer:
     dim = -1  # the axis of channels
 
     @property
+    @abstractmethod
     def widths(self) -> tuple[int, int]:
         """In and out channels of the dense layer."""
-        raise NotImplementedError
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -56,9 +57,9 @@ class ChannelLayer:
         return ins, outs
 
     @property
+    @abstractmethod
     def channel_bytes(self) -> tuple[int, int]:
         """Bytes of one in channel of x and of one out channel of y."""
-        raise NotImplementedError
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -82,18 +83,18 @@ class ChannelLayer:
         return self.moved(*self.widths, self.widths)
 
     @property
+    @abstractmethod
     def sizes(self) -> dict[str, Any]:
         """The numbers of the shape."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def flop(self) -> int:
         """Of the dense layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operands(self, by: torch.Generator, gradient: bool) -> tuple[Tensor, Tensor]:
         """Random (x, dy); dy empty unless `gradient`."""
-        raise NotImplementedError
 
     def inputs(self, seed: int, gradient: bool = False) -> Given:
         """One input set."""
@@ -107,17 +108,17 @@ class ChannelLayer:
             w, dense = (t.contiguous(memory_format=torch.channels_last) for t in (w, dense))
         return Given(x, w, ins, outs, dense, dy)
 
+    @abstractmethod
     def product(self, x: Tensor, w: Tensor) -> Tensor:
         """The dense layer with the weight w."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dgrad(self, dy: Tensor, w: Tensor, x: Tensor) -> Tensor:
         """Its gradient with respect to x, of which only the shape is used."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wgrad(self, dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
         """Its gradient with respect to w, of which only the shape is used."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
