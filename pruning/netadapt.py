@@ -7,6 +7,8 @@ Candidates are compared by what the metric loses per saving, as a pattern saves 
 loss is against the uncut model of the step, fine-tuned over the very batches that candidates see:
 what all gain by training, and the luck of the batches, is then in no comparison.
 
+Without a limit of cost, where no step is within the drop, it begins again with half the step.
+
 Source: Yang et al. 2018, arXiv 1804.03230, algorithm 1.
 """
 
@@ -27,6 +29,7 @@ from slimgemm.pruning.task import Infeasible, Limits, Task
 LEAST_SAVING = 0.2  # of a step's saving: a pattern that saves less is no candidate
 ROUNDING = 1e-9  # of a saving
 REACH = 1.5  # without a limit of cost, steps go on to this much of max_drop; the end recovers some
+HALVINGS = 4  # of the step, where even the first one loses too much: 0.08 becomes 0.005 at last
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class NetAdapt:
     """Options of the method.
 
     Args:
-        step: share of the dense cost that the first step saves.
+        step: share of the dense cost that the first step saves; halved up to four times where
+            only max_drop limits and nothing is within it.
         decay: factor on that share from step to step.
         most_steps: after which it gives up.
     """
@@ -68,11 +72,15 @@ class NetAdaptSearch:
     def __init__(self, options: NetAdapt, task: Task) -> None:
         self.options, self.task = options, task
         self.steps: list[tuple[Allocation, float]] = []  # after each step
+        self._halvings = 0
+        self._made_steps: list[str] = []  # keys, those before a halving too
         self._last: Snapshot | None = None
         self._dense = task.costs(task.dense_space, Allocation())
 
     def choose(self, limits: Limits, failed: set[str]) -> Snapshot:
         """The snapshot to finish: the first that meets the limits, or the furthest within reach.
+
+        Where none is within reach, the steps begin again, half as long.
 
         Args:
             limits: perhaps tighter than the task's.
@@ -81,18 +89,21 @@ class NetAdaptSearch:
         Raises:
             Infeasible: no step meets the limits.
         """
-        while not self._enough(limits, failed):
-            if len(self.steps) == self.options.most_steps or not self._advance(limits):
-                break
-        if limits.met(self._dense) and limits.costs and Allocation().key not in failed:
-            return self._snapshot(-1)
-        if limits.costs:
-            place = self._first_that_meets(limits, failed)
-        else:
-            place = self._furthest_within(limits, failed)
-        if place is None:
-            raise self._infeasible(limits)
-        return self._snapshot(place)
+        while True:
+            while not self._enough(limits, failed):
+                if len(self.steps) == self.options.most_steps or not self._advance(limits):
+                    break
+            if limits.met(self._dense) and limits.costs and Allocation().key not in failed:
+                return self._snapshot(-1)
+            if limits.costs:
+                place = self._first_that_meets(limits, failed)
+            else:
+                place = self._furthest_within(limits, failed)
+            if place is not None:
+                return self._snapshot(place)
+            if limits.costs or self._halvings == HALVINGS:
+                raise self._infeasible(limits)
+            self._halvings, self.steps, self._last = self._halvings + 1, [], None
 
     def _enough(self, limits: Limits, failed: set[str]) -> bool:
         if limits.costs:
@@ -104,7 +115,7 @@ class NetAdaptSearch:
 
     def _first_that_meets(self, limits: Limits, failed: set[str]) -> int | None:
         for place, (allocation, _) in enumerate(self.steps):
-            costs = self.task.journal[f"step {place}"]["costs"]
+            costs = self.task.journal[self._key(place)]["costs"]
             if allocation.key not in failed and all(
                 costs[name] <= limit for name, limit in limits.costs.items()
             ):
@@ -120,16 +131,24 @@ class NetAdaptSearch:
         return None
 
     def _infeasible(self, limits: Limits) -> Infeasible:
-        best = {"drop": min((self.task.drop(v) for _, v in self.steps), default=0.0)}
-        last = f"step {len(self.steps) - 1}"
-        reached = self.task.journal[last]["costs"] if self.steps else self._dense.as_dict()
+        steps = [self.task.journal[key] for key in self._made_steps]
+        best = {"drop": min((self.task.drop(step["value"]) for step in steps), default=0.0)}
+        reached = [step["costs"] for step in steps] or [self._dense.as_dict()]
         names = [*limits.costs] or [limits.minimise]
-        best |= {name: reached[name] for name in names}
+        best |= {name: min(costs[name] for costs in reached) for name in names}
         shown = ", ".join(f"{name} {value:.6g}" for name, value in best.items())
-        return Infeasible(f"NetAdapt cannot meet {limits}; the best it reached: {shown}", best)
+        return Infeasible(
+            f"NetAdapt cannot meet {limits}; the least of each that it reached, perhaps after "
+            f"different steps: {shown}",
+            best,
+        )
+
+    def _key(self, place: int) -> str:
+        return f"step {place}" + f" at 1/{2**self._halvings}" * bool(self._halvings)
 
     def _path(self, place: int) -> Path:
-        return self.task.folder / "steps" / f"{place:03d}.safetensors"
+        tail = f"-{2**self._halvings}" * bool(self._halvings)
+        return self.task.folder / "steps" / f"{place:03d}{tail}.safetensors"
 
     def _snapshot(self, place: int) -> Snapshot:
         if place < 0:
@@ -141,13 +160,17 @@ class NetAdaptSearch:
     def _advance(self, limits: Limits) -> bool:
         """One step; False where nothing saves any more."""
         place, journal = len(self.steps), self.task.journal
-        key = f"step {place}"
+        key = self._key(place)
         if key not in journal:
             before = self._snapshot(place - 1)
             space = self.task.space(before.model, before.surgery)
-            found = list(self._candidates(space, before, place, limits))
+            found = list(self._candidates(space, before, place, limits, self._halvings))
             if not found:
                 return False
+            if place == 0 and self._halvings:
+                longer = self._candidates(space, before, 0, limits, self._halvings - 1)
+                if found == list(longer):  # they are known to lose too much
+                    return False
             after = self._best(space, before, found, place)
             if after is None:
                 return False
@@ -168,11 +191,12 @@ class NetAdaptSearch:
         else:
             self._last = None
         record = journal[key]
+        self._made_steps.append(key)
         self.steps.append((Allocation.from_dict(record["allocation"]), float(record["value"])))
         return True
 
     def _candidates(
-        self, space: Space, before: Snapshot, place: int, limits: Limits
+        self, space: Space, before: Snapshot, place: int, limits: Limits, halvings: int
     ) -> Iterator[_Candidate]:
         masks = dict(before.allocation.patterns)
         scale = limits.work(self._dense, self._dense)
@@ -181,7 +205,7 @@ class NetAdaptSearch:
             return limits.work(self.task.costs(space, Allocation(channels, patterns)), self._dense)
 
         now = work({}, masks)
-        goal = scale * self.options.step * self.options.decay**place
+        goal = scale * self.options.step * self.options.decay**place / 2**halvings
         if limits.costs:  # the last step goes no further than to the limits, where work ends
             goal = min(goal, now - len(limits.costs)) - ROUNDING
         for name, options in space.options.items():
@@ -216,7 +240,7 @@ class NetAdaptSearch:
         kept: Snapshot | None = None
         uncut = task.drop(self._uncut(before, place))
         with Progress(disable=not task.show) as bar:
-            line = bar.add_task(f"NetAdapt step {place}", total=len(found))
+            line = bar.add_task(f"NetAdapt {self._key(place)}", total=len(found))
             for candidate in found:
                 made: list[Snapshot] = []
 
@@ -232,7 +256,7 @@ class NetAdaptSearch:
                     "allocation": self._allocation(before, candidate).as_dict(),
                     "saving": candidate.saving,
                 }
-                key = f"step {place} {candidate.site}"
+                key = f"{self._key(place)} {candidate.site}"
                 value = task.candidate(key, make, about)
                 mine = _price(task.drop(value) - uncut, candidate.saving)
                 if mine < price:
@@ -240,7 +264,7 @@ class NetAdaptSearch:
                 bar.update(line, advance=1)
         if best is None:
             return None
-        value = float(task.journal[f"step {place} {best.site}"]["value"])
+        value = float(task.journal[f"{self._key(place)} {best.site}"]["value"])
         if kept is None:
             kept = self._made(space, before, best, place)
         return replace(kept, value=value)
@@ -255,7 +279,7 @@ class NetAdaptSearch:
             self.task.tuned(model, self.task.short, f"step {place}")
             return model
 
-        return self.task.candidate(f"step {place} uncut", make, {"kind": "uncut"})
+        return self.task.candidate(f"{self._key(place)} uncut", make, {"kind": "uncut"})
 
     def _allocation(self, before: Snapshot, candidate: _Candidate) -> Allocation:
         channels = {**before.allocation.channels, **candidate.channels}
