@@ -10,6 +10,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     # Before any slimgemm kernel is imported: triton.jit reads it when a kernel is decorated.
     os.environ["TRITON_INTERPRET"] = "1"
+# Models of transformers are made from their configurations; no test may ask a hub for one.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 # The same examples in every run: a landing must not fail by the luck of a draw.
