@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from slimgemm.pruning.inputs import Inputs, evaluating, run, to_device
 from slimgemm.pruning.layers import Layer
+from slimgemm.pruning.processes import check_batches, in_processes, lacking, summed
 
 
 def column_inputs(module: nn.Module, x: Tensor) -> Tensor:
@@ -65,15 +66,12 @@ class Statistic:
         self.rows += rows
 
     def share(self) -> None:
-        """Add up over all processes of torch.distributed; each has batches of its own."""
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        """Add up over all processes of torch.distributed, each of which has seen an input."""
+        if not in_processes():
             return
-        if self.total is None:
-            raise ValueError("a process has no calibration batch; give each at least one")
-        rows = torch.tensor([self.rows], dtype=torch.float64, device=self.total.device)
+        assert self.total is not None
         torch.distributed.all_reduce(self.total)
-        torch.distributed.all_reduce(rows)
-        self.rows = int(rows)
+        self.rows = summed(self.rows, self.total.device)
 
     def result(self) -> Tensor:
         """The mean over all rows."""
@@ -156,11 +154,10 @@ class Calibration:
     wait: ClassVar[str] = "cpu"  # where inputs of the next block wait
 
     def __init__(self, model: nn.Module, batches: Sequence[Inputs]) -> None:
-        if not batches:
-            raise ValueError("calibration is empty; pass an iterable of model inputs")
         self.model = model
         self.batches = batches
         self.device = next(model.parameters()).device
+        check_batches(batches, "model inputs", self.device)
         self._block: str | None = None
         self._inputs: list[Batch] = []
 
@@ -175,7 +172,8 @@ class Calibration:
             calls: how often each layer runs in one forward.
 
         Raises:
-            ValueError: a layer did not run, or its inputs hold NaN or infinity.
+            ValueError: a layer did not run, in one process at least, or its inputs hold NaN or
+                infinity.
         """
         statistics = {layer.name: make(layer.module) for layer in group.layers}
         observed = self._observed(group, statistics, calls)
@@ -188,9 +186,15 @@ class Calibration:
                     continue
         found = {}
         for name, statistic in statistics.items():
+            missing = lacking(statistic.total is not None, self.device)
+            if missing:
+                where = f" of processes {missing}" * in_processes()
+                raise ValueError(
+                    f"{name} did not run on the calibration data{where}; ignore the layer, or give "
+                    "batches that reach it"
+                )
             statistic.share()
-            if statistic.total is None:
-                raise ValueError(f"{name} did not run on the calibration data; ignore the layer")
+            assert statistic.total is not None
             if not bool(torch.isfinite(statistic.total).all()):
                 raise ValueError(
                     f"{name}: calibration inputs of this layer hold NaN or infinity; look at the "

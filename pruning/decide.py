@@ -23,6 +23,7 @@ from slimgemm.pruning.cost import Cost
 from slimgemm.pruning.layers import Layer
 from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask, unpack_mask
 from slimgemm.pruning.patterns import LOWEST, Pattern, like_weight, rows_of
+from slimgemm.pruning.processes import in_processes
 from slimgemm.pruning.scores import Context, Score
 from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.store import Store, key_of
@@ -220,7 +221,7 @@ def _pruned(layer: Layer, part: Part) -> Tensor:
 def _store(request: Request, drops: Mapping[str, int]) -> Store | None:
     if request.resume is None:
         return None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_processes():
         raise ValueError(
             "resume= and torch.distributed cannot be combined: processes killed apart "
             "would wait for each other; leave one of them out"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimgemm.pruning.activations import read
 from slimgemm.pruning.inputs import evaluating, run, to_device
 from slimgemm.pruning.layers import Layer
+from slimgemm.pruning.processes import check_batches, in_processes, summed
 from slimgemm.pruning.scores import Context, Needs, Score, as_float
 
 Loss = Callable[[Any, Any], Tensor]
@@ -79,15 +80,16 @@ def mean_gradients(
 ) -> Mapping[str, Tensor]:
     """Layer name -> mean over batches of the score's summand, shape of the weight.
 
+    With torch.distributed over the batches of all processes.
+
     The model runs in evaluation mode; frozen weights are seen; gradients that it holds stay.
 
     Raises:
         ValueError: a batch is not (inputs, target), a weight does not reach the loss, or a
             gradient is not finite.
     """
-    if not batches:
-        raise ValueError("calibration is empty; pass an iterable of (inputs, target)")
     device = next(model.parameters()).device
+    check_batches(batches, "(inputs, target)", device)
     weights = [layer.module.weight for layer in layers]
     frozen = [w for w in weights if isinstance(w, Tensor) and not w.requires_grad]
     sums: dict[str, Tensor] = {}
@@ -102,7 +104,11 @@ def mean_gradients(
     finally:
         for weight in frozen:
             weight.requires_grad_(False)
-    return {name: total / len(batches) for name, total in sums.items()}
+    if in_processes():
+        for layer in layers:
+            torch.distributed.all_reduce(sums[layer.name])
+    count = summed(len(batches), device)
+    return {name: total / count for name, total in sums.items()}
 
 
 def _gradients(

@@ -65,7 +65,10 @@ def nvml_counter(device: torch.device | str = "cuda") -> Callable[[], float]:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError as error:
-        raise ValueError(f"{device} has no readable energy counter: {error}") from error
+        raise ValueError(
+            f"{device} has no readable energy counter: {error}; the predicted energy of "
+            "pruning.energy runs anywhere"
+        ) from error
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
 

@@ -73,7 +73,8 @@ class Pool:
             best[name] = min(costs.get(name) for _, _, costs in self.tried.values())
         shown = ", ".join(f"{name} {value:.6g}" for name, value in best.items())
         return Infeasible(
-            f"{self.method} found nothing within {limits} among {len(self.tried)} allocations; the "
-            f"least of each, perhaps of different ones: {shown}",
+            f"{self.method} found nothing within {limits} among {len(self.tried)} allocations; let "
+            "it try more (trials, episodes), use netadapt, or ask for less. The least of each, "
+            f"perhaps of different ones: {shown}",
             best,
         )

@@ -13,6 +13,7 @@ from slimgemm.pruning.calibrate import (
     groups_of,
 )
 from slimgemm.pruning.layers import find_layers
+from slimgemm.pruning.masks import unpack_mask
 from slimgemm.pruning.patterns import rows_of
 
 
@@ -191,6 +192,7 @@ WORKER = """
 import sys, torch, torch.distributed as dist
 from torch import nn
 from slimgemm import pruning
+from slimgemm.pruning.masks import unpack_mask
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 torch.manual_seed(0)
@@ -207,11 +209,43 @@ try:
     )
 except ValueError as error:
     assert "cannot be combined" in str(error)
-    torch.save({e.name: e.weight for e in plan.pruned}, f"{folder}/{rank}.pt")
+    found = {e.name: e.weight for e in plan.pruned}
+
+
+def refused(model, example, **options):
+    try:
+        pruning.plan(model, example, pattern=pruning.NofM(2, 4), **options)
+    except ValueError as error:
+        return str(error)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.b(self.a(x)) if bool(x.sum() > 0) else self.a(x)
+
+
+loss = nn.functional.cross_entropy
+taylor = {"pattern": pruning.NofM(2, 4), "score": pruning.Taylor(loss, p=2)}
+y = torch.arange(128) % 8
+own = slice(0, 32) if rank == 0 else slice(32, 128)  # not one batch each
+batches = [(x[own][i : i + 32], y[own][i : i + 32]) for i in range(0, len(x[own]), 32)]
+graded = pruning.plan(model, x[:2], calibration=batches, **taylor)
+found |= {f"{e.name} graded": unpack_mask(e.mask) for e in graded.pruned}
+texts = [
+    refused(model, x[:2], score=pruning.Wanda(), calibration=[x] * rank),
+    refused(model, x[:2], score=pruning.Taylor(loss), calibration=[(x, y)] * rank),
+    refused(Routed(), x[:1].abs(), score=pruning.Wanda(), calibration=[(2 * rank - 1) * x.abs()]),
+]
+torch.save({**found, "refused": texts}, f"{folder}/{rank}.pt")
 """
 
 
 def test_two_processes_decide_as_one(tmp_path, normal):
+    import re
     import subprocess
     import sys
 
@@ -234,3 +268,22 @@ def test_two_processes_decide_as_one(tmp_path, normal):
     for entry in alone.pruned:
         assert torch.equal(first[entry.name], second[entry.name])
         torch.testing.assert_close(first[entry.name], entry.weight, rtol=1e-5, atol=1e-6)
+    pairs = list(zip(x.split(32), (torch.arange(128) % 8).split(32), strict=True))
+    score = pruning.Taylor(nn.functional.cross_entropy, p=2)
+    graded = pruning.plan(
+        model, x[:2], pattern=pruning.NofM(2, 4), score=score, calibration=pairs
+    )  # fmt: skip
+    for entry in graded.pruned:
+        mask = unpack_mask(entry.mask)
+        assert torch.equal(first[f"{entry.name} graded"], mask)
+        assert torch.equal(second[f"{entry.name} graded"], mask)
+    # What one process lacks, both of them say, and neither waits for the other.
+    assert first["refused"] == second["refused"]
+    empty, ungraded, unreached = first["refused"]
+    lack = r"processes \[0\] of torch.distributed have no calibration batch; give each process an "
+    assert re.match(lack + "iterable of model inputs with at least one", empty)
+    assert re.match(lack + r"iterable of \(inputs, target\) with at least one", ungraded)
+    assert unreached == (
+        "b did not run on the calibration data of processes [0]; ignore the layer, or give batches "
+        "that reach it"
+    )

@@ -53,3 +53,39 @@ def test_refusals_name_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ValueError, match="needs nvidia-ml-py"):
         nvml_counter("cuda")
+
+
+class NvmlError(Exception):
+    pass
+
+
+class Nvml:
+    """pynvml for a GPU that has no energy counter."""
+
+    NVMLError = NvmlError
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        assert uuid == "GPU-12ab"
+        return 7
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        raise NvmlError("Not Supported")
+
+
+def test_a_gpu_without_a_counter_is_refused(monkeypatch):
+    import sys
+    import types
+
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    properties = types.SimpleNamespace(uuid="12ab")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    text = "cuda:1 has no readable energy counter: Not Supported; the predicted energy of"
+    with pytest.raises(ValueError, match=text):
+        nvml_counter("cuda:1")

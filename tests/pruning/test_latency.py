@@ -90,6 +90,15 @@ def test_the_file_lies_in_the_cache_folder_by_device_and_versions(tmp_path, monk
     assert {"device", "torch", "threads"} <= identity("cpu").keys()
 
 
+def test_the_statistic_is_one_that_is_measured(tmp_path, site):
+    with pytest.raises(ValueError, match="statistic must be p20, p50 or p80, got 'mean'"):
+        LatencyTable(path=tmp_path / "times.json", statistic="mean")
+    for statistic, us in (("p20", 1.0), ("p50", 2.0), ("p80", 3.0)):
+        table = LatencyTable(path=tmp_path / "times.json", statistic=statistic)
+        table.times = {site.signature: {"dense": {(8, 16): Times(1.0, 2.0, 3.0)}}}
+        assert table.us(site, (8, 16)) == us
+
+
 def test_packed_layers_go_through_the_callable(tmp_path, table, site):
     with pytest.raises(ValueError, match=r"2:4 layers need LatencyTable\(twin=...\)"):
         table.measure([(site, "2:4", (8, 16))])

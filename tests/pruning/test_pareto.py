@@ -2,6 +2,7 @@ import pytest
 
 from slimgemm.pruning import Channels, NofM, Pareto, Search, count_macs
 from slimgemm.pruning.space import Allocation, Choices, Space
+from slimgemm.pruning.task import Infeasible
 
 
 @pytest.fixture
@@ -46,6 +47,14 @@ def test_under_a_drop_the_cheapest_within_it_is_taken(blobs, run):
         and found.dense_value - r["value"] <= 1.5 * 4.0
     ]
     assert all(r["allocation"] in finished for r in cheaper)
+
+
+def test_too_few_trials_say_what_they_reached(blobs, run):
+    macs = count_macs(blobs.model, blobs.example).macs
+    text = r"pareto found nothing within .* among 2 allocations; let it try more .*: drop .*, macs"
+    with pytest.raises(Infeasible, match=text) as error:
+        run(trials=2, max_macs=0.2 * macs)  # the dense model, and an eighth of it cut
+    assert 0.6 * macs < error.value.best["macs"] < macs
 
 
 def test_refusals(blobs, run, monkeypatch):
