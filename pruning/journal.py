@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from slimgemm.pruning.inputs import tensors_of
 from slimgemm.pruning.layers import digest
 
 Record = dict[str, Any]
+TRYING = "while trying "  # how a note on an exception begins that says of which record it is
 
 
 def run_key(asked: Sequence[Any], model: nn.Module, inputs: Any = None) -> str:
@@ -30,6 +32,16 @@ def run_key(asked: Sequence[Any], model: nn.Module, inputs: Any = None) -> str:
     for tensor in tensors_of(inputs):
         found.update(digest(tensor).encode())
     return found.hexdigest()
+
+
+@contextmanager
+def trying(key: str) -> Iterator[None]:
+    """Exceptions that come out of the block say which record they are of."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{TRYING}{key}")
+        raise
 
 
 class Journal:

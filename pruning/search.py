@@ -27,7 +27,7 @@ from slimgemm.pruning.energy import ENERGY
 from slimgemm.pruning.finalists import End, best_finalist, why_not_own
 from slimgemm.pruning.geometry import UNITS, Costs, ModelLatency
 from slimgemm.pruning.inputs import Inputs
-from slimgemm.pruning.journal import Journal, run_key
+from slimgemm.pruning.journal import Journal, run_key, trying
 from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto, require_optuna
@@ -203,7 +203,8 @@ class Search(Amount):
 
     def _logged(self, task: Task, key: str, find: Callable[[], float]) -> float:
         if key not in task.journal:
-            task.journal.add(key, {"kind": key, "value": find()})
+            with trying(key):
+                task.journal.add(key, {"kind": key, "value": find()})
         return float(task.journal[key]["value"])
 
     def _measure(self, task: Task, space: Space) -> None:

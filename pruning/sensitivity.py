@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from slimgemm.pruning.allocate import Amount, PerLayer, Setting, Units, check_share, count
 from slimgemm.pruning.inputs import Inputs, evaluating
-from slimgemm.pruning.journal import Journal, run_key
+from slimgemm.pruning.journal import Journal, run_key, trying
 from slimgemm.pruning.layers import Layer, find_layers
 from slimgemm.pruning.patterns import Channels, Pattern
 from slimgemm.pruning.scores import Magnitude, Score
@@ -153,7 +153,8 @@ def scan(
 def _value(journal: Journal, key: str, find: Callable[[], float]) -> float:
     """The metric from the journal, or found and logged."""
     if key not in journal:
-        journal.add(key, {"value": find()})
+        with trying(key):
+            journal.add(key, {"value": find()})
     return float(journal[key]["value"])
 
 

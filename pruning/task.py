@@ -18,7 +18,7 @@ from slimgemm.pruning.channels import Surgery
 from slimgemm.pruning.coupling import without
 from slimgemm.pruning.geometry import UNITS, Costs, Geometry, ModelLatency
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
-from slimgemm.pruning.journal import Journal
+from slimgemm.pruning.journal import Journal, trying
 from slimgemm.pruning.latency import packed_wins
 from slimgemm.pruning.plan import layer_seed
 from slimgemm.pruning.space import Allocation, Choices, Space
@@ -235,7 +235,8 @@ class Task:
     def candidate(self, key: str, make: Callable[[], nn.Module], about: dict) -> float:
         """The metric of a fine-tuned candidate, from the journal or found and logged."""
         if key not in self.journal:
-            value = self.value(make())
+            with trying(key):
+                value = self.value(make())
             lost = {} if math.isfinite(value) else {"lost": f"the metric {self.metric} is {value}"}
             self.journal.add(key, {**about, "value": value, **lost})
             self.tell(key, value)

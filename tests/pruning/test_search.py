@@ -348,6 +348,20 @@ def test_a_dense_metric_that_is_not_finite_is_refused(searching, blobs, tmp_path
     assert "dense" not in (tmp_path / "candidates.jsonl").read_text()
 
 
+def test_what_the_metric_raises_says_which_candidate_it_was(searching, blobs, dense_macs):
+    def metric(model):
+        if model[0].out_features < 32:
+            raise KeyError("x")
+        return blobs.accuracy(model)
+
+    with pytest.raises(KeyError, match="x") as error:
+        searching(evaluate=metric, max_macs=0.8 * dense_macs).run(blobs.model, blobs.example)
+    assert error.value.__notes__ == ["while trying step 0 0"]
+    with pytest.raises(KeyError) as error:
+        searching(evaluate=lambda model: {}[0], max_macs=100).run(blobs.model, blobs.example)
+    assert error.value.__notes__ == ["while trying dense"]
+
+
 def test_a_metric_that_is_no_number_is_refused(searching, blobs):
     def both(model):
         return 1.0, 2.0

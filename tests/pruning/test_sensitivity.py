@@ -60,9 +60,11 @@ def test_a_killed_scan_goes_on_where_it_was(mlp, normal, tmp_path):
     calls = 0
     for stop in (1, 3, 2):
         metric = Output(mlp, x, stop)
-        with pytest.raises(Stop):
+        with pytest.raises(Stop) as stopped:
             scan(mlp, x, metric, log=log, **options)
         calls += metric.calls
+        (note,) = stopped.value.__notes__
+        assert note.startswith("while trying channels 0.") and note[-2:] in (" 0", " 2")
     metric = Output(mlp, x)
     assert scan(mlp, x, metric, log=log, **options) == whole
     assert metric.calls + calls == len(whole.points) + 1
