@@ -64,7 +64,8 @@ def test_a_killed_scan_goes_on_where_it_was(mlp, normal, tmp_path):
             scan(mlp, x, metric, log=log, **options)
         calls += metric.calls
         (note,) = stopped.value.__notes__
-        assert note.startswith("while trying channels 0.") and note[-2:] in (" 0", " 2")
+        place = [f"{p.pattern} {p.ratio:.6f} {p.name}" for p in whole.points][calls - 1]
+        assert note == f"while trying {place}"
     metric = Output(mlp, x)
     assert scan(mlp, x, metric, log=log, **options) == whole
     assert metric.calls + calls == len(whole.points) + 1
