@@ -29,6 +29,7 @@ from slimgemm.pruning.geometry import UNITS, Costs, ModelLatency
 from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.journal import Journal, run_key, trying
 from slimgemm.pruning.latency import LatencyTable
+from slimgemm.pruning.metric import Evaluate
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto, require_optuna
 from slimgemm.pruning.patterns import Channels, NofM, Pattern, check_whole
@@ -39,7 +40,6 @@ from slimgemm.pruning.search_report import Found, LayerRow
 from slimgemm.pruning.snapshot import Snapshot, load_snapshot, save_snapshot
 from slimgemm.pruning.space import Allocation, Choices, Space
 from slimgemm.pruning.task import (
-    Evaluate,
     Infeasible,
     Limits,
     Task,

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.pruning.allocate import Amount, PerLayer, Setting, Units, check_share, count
-from slimgemm.pruning.inputs import Inputs, evaluating
+from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.journal import Journal, run_key, trying
 from slimgemm.pruning.layers import Layer, find_layers
+from slimgemm.pruning.metric import Evaluate, dense_value_of, value_of
 from slimgemm.pruning.patterns import Channels, Pattern
 from slimgemm.pruning.scores import Magnitude, Score
 from slimgemm.pruning.space import Allocation, Choices, Space, scores_of
 
-Evaluate = Callable[[nn.Module], float]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -76,9 +76,13 @@ class Scan:
         return chosen
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, max_drop: float | None = None) -> str:
+        """A row per group or layer and pattern; with `max_drop` the share that keeps to it too."""
         from slimgemm.pruning.sensitivity_report import scan_table
 
-        return scan_table(self)
+        return scan_table(self, max_drop)
 
     def draw(self, path: str | os.PathLike[str], max_drop: float) -> None:
         """Write one picture: a curve per group or layer, and the threshold as a line."""
@@ -99,7 +103,9 @@ def scan(
     higher_is_better: bool = True,
     seed: int = 0,
     log: str | os.PathLike[str] | None = None,
+    tag: str = "",
     show: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> Scan:
     """Prune each group and layer alone, at each ratio, and evaluate; the model is left as it was.
 
@@ -113,11 +119,14 @@ def scan(
         score: what goes first, as Magnitude(p=2) (the default); one that needs no data.
         ignore, seed: as for `plan`.
         log: a file of JSON lines; a scan that was killed goes on from there.
+        tag: what else the metric depends on, as the names of metric and data; `log` is of this
+            scan only where its tag is the same.
         show: a progress bar.
+        say: told a line for each new point, as `print` for a log.
 
     Raises:
-        ValueError: a ratio is out of range, the score needs data, nothing can be pruned, or `log`
-            is of another scan.
+        ValueError: a ratio is out of range, the score needs data, nothing can be pruned, the
+            metric of the dense model is not finite, or `log` is of another scan.
     """
     for ratio in ratios:
         check_share(ratio, "ratios")
@@ -131,6 +140,7 @@ def scan(
         list(ignore),
         higher_is_better,
         seed,
+        tag,
         torch.__version__,
     ]
     journal = Journal(log, run_key(asked, model, example_inputs))
@@ -140,11 +150,14 @@ def scan(
     points = []
     with Progress(disable=not show) as bar:
         task = bar.add_task("scan", total=len(trials) + 1)
-        dense = _value(journal, "dense", lambda: _metric(evaluate, model))
+        dense = _value(journal, "dense", lambda: dense_value_of(evaluate, model))
         bar.update(task, advance=1)
         for trial in trials:
             key = f"{trial.pattern} {trial.ratio:.6f} {trial.name}"
+            known = key in journal
             value = _value(journal, key, lambda trial=trial: trial.run(evaluate))  # type: ignore
+            if say is not None and not known:
+                say(f"{trial.name}, {trial.pattern}, {trial.ratio:.2f} dropped: {value:.6g}")
             points.append(Point(trial.name, trial.pattern, trial.ratio, value))
             bar.update(task, advance=1, description=f"{trial.name}, {trial.pattern}")
     return Scan(dense, tuple(points), higher_is_better)
@@ -156,11 +169,6 @@ def _value(journal: Journal, key: str, find: Callable[[], float]) -> float:
         with trying(key):
             journal.add(key, {"value": find()})
     return float(journal[key]["value"])
-
-
-def _metric(evaluate: Evaluate, model: nn.Module) -> float:
-    with evaluating(model), torch.no_grad():
-        return float(evaluate(model))
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,7 @@ def _group_trials(space: Space, ratios: Sequence[float]) -> Iterator[_Trial]:
         for keep in kept:
 
             def run(evaluate: Evaluate, name: str = name, keep: int = keep) -> float:
-                return _metric(evaluate, space.apply(Allocation({name: keep}))[0])
+                return value_of(evaluate, space.apply(Allocation({name: keep}))[0])
 
             if keep < total:
                 yield _Trial(name, str(space.choices.widths), 1 - keep / total, run)
@@ -223,7 +231,7 @@ def _layer_trials(
             assert isinstance(weight, Tensor)
             try:
                 weight.data = torch.where(mask, dense, 0.0)
-                return _metric(evaluate, model)
+                return value_of(evaluate, model)
             finally:
                 weight.data = dense
 

@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 WIDTH = 132
 
 
-def scan_table(scan: Scan) -> str:
-    """A row per group or layer and pattern: the metric at each share that was reached."""
+def scan_table(scan: Scan, max_drop: float | None = None) -> str:
+    """A row per group or layer and pattern: the metric at each share that was reached.
+
+    With `max_drop` also the largest share before the curve first drops by more than that.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -20,11 +23,13 @@ def scan_table(scan: Scan) -> str:
     table = Table(
         title=f"metric after pruning one alone: dense {scan.dense:.4g}, {better} is better"
     )
-    for heading in ("group or layer", "pattern", "dropped share: metric"):
+    most = [] if max_drop is None else [f"within {max_drop:g}"]
+    for heading in ("group or layer", "pattern", *most, "dropped share: metric"):
         table.add_column(heading, overflow="fold")
     for (name, pattern), points in scan.curves().items():
         values = "   ".join(f"{point.ratio:.2f}: {point.value:.4g}" for point in points)
-        table.add_row(name, pattern, values)
+        shares = [] if max_drop is None else [f"{scan.shares(pattern, max_drop)[name]:.2f}"]
+        table.add_row(name, pattern, *shares, values)
     console = Console(width=WIDTH, no_color=True, force_terminal=False)
     with console.capture() as captured:
         console.print(table)

@@ -20,12 +20,12 @@ from slimgemm.pruning.geometry import UNITS, Costs, Geometry, ModelLatency
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
 from slimgemm.pruning.journal import Journal, trying
 from slimgemm.pruning.latency import packed_wins
+from slimgemm.pruning.metric import Evaluate, dense_value_of, name_of, value_of
 from slimgemm.pruning.plan import layer_seed
 from slimgemm.pruning.space import Allocation, Choices, Space
 
 SLACK = 0.03  # of a cost: what measuring again may move it by
 WORDS = 80  # characters of a line that name a candidate
-Evaluate = Callable[[nn.Module], float]
 Tune = Callable[[nn.Module, int], None]
 
 
@@ -180,37 +180,15 @@ class Task:
     @property
     def metric(self) -> str:
         """What messages call the metric."""
-        return getattr(self.evaluate, "__name__", None) or str(self.evaluate)
+        return name_of(self.evaluate)
 
     def value(self, model: nn.Module) -> float:
-        """The metric of a model.
-
-        Raises:
-            ValueError: it gave something that is no number.
-        """
-        with evaluating(model), torch.no_grad():
-            found = self.evaluate(model)
-        try:
-            return float(found)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(
-                f"the metric {self.metric} gave a {type(found).__name__}, it must give one number"
-            ) from None
+        """The metric of a model; ValueError where it gave no number."""
+        return value_of(self.evaluate, model)
 
     def dense_metric(self) -> float:
-        """The metric of the dense model.
-
-        Raises:
-            ValueError: it is not finite, so that nothing could be compared with it.
-        """
-        value = self.value(self.model)
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the metric {self.metric} of the dense model is {value}, which nothing can be "
-                "compared with; look for an empty test set, a division by zero, an overflow of "
-                "half precision or weights that were never trained"
-            )
-        return value
+        """The metric of the dense model; ValueError where it is not finite."""
+        return dense_value_of(self.evaluate, self.model)
 
     def drop(self, value: float) -> float:
         """How much worse than dense; infinite where the metric is not finite."""

@@ -56,7 +56,11 @@ def test_groups_are_scanned_whole_and_layers_alone(residual, image):
 def test_a_killed_scan_goes_on_where_it_was(mlp, normal, tmp_path):
     x, log = normal(5, 16), tmp_path / "scan.jsonl"
     options = {"patterns": (Channels(), NofM(2, 4)), "ratios": (0.3, 0.6), "show": False}
-    whole = scan(mlp, x, Output(mlp, x), **options)
+    said = []
+    whole = scan(mlp, x, Output(mlp, x), **options, say=said.append)
+    first = whole.points[0]
+    assert len(said) == len(whole.points) and said[0].startswith("0, channels, 0.3")
+    assert f" dropped: {first.value:.6g}" in said[0]
     calls = 0
     for stop in (1, 3, 2):
         metric = Output(mlp, x, stop)
@@ -66,11 +70,14 @@ def test_a_killed_scan_goes_on_where_it_was(mlp, normal, tmp_path):
         (note,) = stopped.value.__notes__
         place = [f"{p.pattern} {p.ratio:.6f} {p.name}" for p in whole.points][calls - 1]
         assert note == f"while trying {place}"
-    metric = Output(mlp, x)
-    assert scan(mlp, x, metric, log=log, **options) == whole
+    metric, said = Output(mlp, x), []
+    assert scan(mlp, x, metric, log=log, **options, say=said.append) == whole
+    assert len(said) == metric.calls  # what was logged is not said again
     assert metric.calls + calls == len(whole.points) + 1
     with pytest.raises(ValueError, match="is of another run"):
         scan(mlp, x, metric, log=log, **(options | {"ratios": (0.4,)}))
+    with pytest.raises(ValueError, match="is of another run"):
+        scan(mlp, x, metric, log=log, **options, tag="another metric")
 
 
 def test_shares_stop_where_the_curve_first_crosses():
@@ -120,6 +127,11 @@ def test_table_and_picture(mlp, normal, tmp_path):
     found = scan(mlp, x, Output(mlp, x), patterns=(Channels(), Block(4, 4)), show=False)
     text = str(found)
     assert "dense 100, higher is better" in text and "block 4x4" in text and "0.90: " in text
+    assert "within" not in text
+    shares = found.shares("channels", 2.0)
+    for name in ("0", "2"):
+        (row,) = [r for r in found.table(2.0).splitlines() if f"│ {name} " in r and "chan" in r]
+        assert f"{shares[name]:.2f}" == row.split("│")[3].strip()
     pytest.importorskip("matplotlib")
     found.draw(tmp_path / "scan.png", max_drop=1.0)
     assert (tmp_path / "scan.png").read_bytes()[:4] == b"\x89PNG"
@@ -129,6 +141,10 @@ def test_refusals(mlp, normal):
     x = normal(5, 16)
     with pytest.raises(ValueError, match=r"ratios must be in \[0, 1\)"):
         scan(mlp, x, Output(mlp, x), ratios=(1.0,), show=False)
+    with pytest.raises(ValueError, match="of the dense model is nan, which nothing can be comp"):
+        scan(mlp, x, lambda model: float("nan"), show=False)
+    with pytest.raises(ValueError, match="gave a tuple, it must give one number"):
+        scan(mlp, x, lambda model: (1, 2), show=False)
     with pytest.raises(ValueError, match="a scan has none; use another score"):
         scan(mlp, x, Output(mlp, x), score=Wanda(), show=False)
     with pytest.raises(ValueError, match=r"pass it to plan\(amount=\)"):
