@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from slimgemm.benchmarks import cli_bench, cli_prune, cli_tune
+from slimgemm.benchmarks import cli_bench, cli_prune, cli_scan, cli_tune
 
 COLUMNS = 100  # of tables, where stdout is no terminal
 
@@ -129,6 +129,7 @@ def kernels(
 
 app.command(name="bench")(cli_bench.bench)
 app.command(name="tune")(cli_tune.tune)
+cli_scan.register(app)
 cli_prune.register(app)
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 100  # of tables, where stdout is no terminal
 FOLDER = "Written by sparse_ops.save, or by slimgemm prune as --out: its model/ is read."
+DEBUG = (
+    "Show the traceback of what your code raises in the middle, instead of writing it to a file."
+)
 EXTENSIONS = "my_module:function, found from the present folder or among installed modules"
 
 
@@ -24,7 +27,8 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _console() -> Console:
+def console_of() -> Console:
+    """A console as wide as its terminal, or COLUMNS."""
     from rich.console import Console
 
     console = Console()
@@ -48,7 +52,13 @@ def prune(
     max_macs: Annotated[float | None, typer.Option(help="Of a forward.")] = None,
     max_params: Annotated[float | None, typer.Option(help="Parameters kept.")] = None,
     max_bytes: Annotated[float | None, typer.Option(help="Of the model as stored.")] = None,
-    max_energy_mj: Annotated[float | None, typer.Option(help="Of a forward, predicted.")] = None,
+    max_energy_mj: Annotated[
+        float | None, typer.Option(help="Of a forward, predicted by a table of operations.")
+    ] = None,
+    measured_energy: Annotated[
+        bool,
+        typer.Option("--measured-energy", help="By the counter of an NVIDIA GPU, not predicted."),
+    ] = False,
     method: Annotated[str, typer.Option(help="netadapt, pareto, amc.")] = "netadapt",
     minimise: Annotated[
         str, typer.Option(help="What falls under --max-drop alone: macs, params, latency_ms, ...")
@@ -84,11 +94,13 @@ def prune(
     seed: Annotated[
         int, typer.Option(min=0, help="Of your functions, fine-tuning and search.")
     ] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help=DEBUG)] = False,
 ) -> None:
     """Search how much to prune where under limits, fine-tune, pack, verify and save.
 
     Killed and started again with the same options it goes on where it was (OUT/search); with other
-    ones it begins anew, and what OUT held moves to OUT/earlier-1, and so on.
+    ones it begins anew, and what OUT held moves to OUT/earlier-1, and so on. Where a function of
+    yours raises in the middle, a line says which, where and at what; repaired, it goes on likewise.
     Exit code 1 if the limits cannot be met or verification fails, 2 for bad input.
     """
     limits = {
@@ -96,6 +108,7 @@ def prune(
         "max_params": max_params, "max_bytes": max_bytes, "max_energy_mj": max_energy_mj,
     }  # fmt: skip
     from slimgemm.benchmarks import prune_job
+    from slimgemm.benchmarks.user_data import Source
     from slimgemm.pruning.task import Infeasible
 
     options = {
@@ -104,11 +117,11 @@ def prune(
     }  # fmt: skip
     try:
         job = prune_job.Job(
-            make_model=model, make_data=data, out=out, metric=metric, lower=lower, loss=loss,
-            patterns=tuple(dict.fromkeys(pattern or ("channels",))),
-            multiple_of=multiple_of, rows=rows, rate=rate, device=device, options=options,
+            Source(model, data, metric, lower, loss, rows, device, seed), out,
+            patterns=tuple(dict.fromkeys(pattern or ("channels",))), multiple_of=multiple_of,
+            rate=rate, options=options, measured_energy=measured_energy, debug=debug,
         )  # fmt: skip
-        result = job.run(_console())
+        result = job.run(console_of())
     except Infeasible as error:
         fail(f"{error}. What was tried is in {out}/search", 1)
     except ValueError as error:
@@ -147,7 +160,7 @@ def verify(
     Exit code 1 if something is wrong, 2 if there is no checkpoint to check.
     """
     from slimgemm.benchmarks import saved
-    from slimgemm.benchmarks.prune_check import named
+    from slimgemm.benchmarks.user_code import named
 
     make: Callable[[], nn.Module] | None = None
     try:

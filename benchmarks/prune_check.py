@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import os
 import shutil
-import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimgemm import sparse_ops
+from slimgemm import pruning, sparse_ops
+from slimgemm.benchmarks.user_code import TRACEBACK, users_code
+from slimgemm.kernels.formats import PATTERNS
 from slimgemm.pruning.inputs import evaluating, run, tensors_of, to_device
 from slimgemm.pruning.journal import Journal
 from slimgemm.pruning.search import JOURNAL
@@ -25,97 +21,7 @@ from slimgemm.sparse_ops.checkpoint import check_target
 
 MODEL, SEARCH, EARLIER = "model", "search", "earlier"  # in the folder of a run
 REPORT, PICTURE = "report.json", "front.png"  # in SEARCH, beside what the search itself writes
-OURS = {JOURNAL, REPORT, PICTURE, "latency.json", "steps", "finished"}
-
-
-class UserError(ValueError):
-    """The user's own code raised; its traceback was shown."""
-
-
-@contextmanager
-def users_code(what: str) -> Iterator[None]:
-    """Around the user's own code: show its traceback, then one line that says what raised.
-
-    Raises:
-        UserError: an exception came out of the block.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        _show(error)
-        first = next(iter(str(error).splitlines()), "")
-        raise UserError(f"{what} raised {type(error).__name__}: {first}") from None
-
-
-def _show(error: Exception) -> None:
-    """The traceback from the first frame outside this package on."""
-    here, trace = str(Path(__file__).parents[1]), error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(here) and "contextlib" not in file and "importlib" not in file:
-            break
-        trace = trace.tb_next
-    print("".join(traceback.format_exception(type(error), error, trace)), file=sys.stderr, end="")
-
-
-def guarded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's function, an exception of which is shown as `users_code` does."""
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        with users_code(what):
-            return function(*arguments)
-
-    return call
-
-
-def named(place: str) -> Callable[..., Any]:
-    """The function that "module:name" names, found from the present folder too.
-
-    Raises:
-        ValueError: it is no such name, there is no such module, or the module raises.
-    """
-    module, _, name = place.partition(":")
-    if not module or not name:
-        raise ValueError(f"{place!r} must be module:function")
-    if os.sep in module or module.endswith(".py"):
-        path = Path(module)
-        raise ValueError(
-            f"{place!r} is a path; write {path.stem}:{name} and run it in {path.parent.resolve()}"
-        )
-    folder = os.getcwd()
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        found: Any = _imported(module, place)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except AttributeError as error:
-        raise ValueError(f"{place}: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(folder)
-    if not callable(found):
-        raise ValueError(f"{place} is a {type(found).__name__}, it must be a function")
-    return found
-
-
-def _imported(module: str, place: str) -> Any:
-    parents = {module.rsplit(".", n)[0] for n in range(module.count(".") + 1)}
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name in parents:
-            where = module.partition(".")[0]
-            raise ValueError(f"{place}: {error}; run it where {where}.py lies") from error
-        with users_code(f"importing {module}"):
-            raise
-    except Exception:
-        with users_code(f"importing {module}"):
-            raise
+OURS = {JOURNAL, REPORT, PICTURE, TRACEBACK, "latency.json", "steps", "finished"}
 
 
 def device_of(word: str) -> torch.device:
@@ -139,24 +45,48 @@ def device_of(word: str) -> torch.device:
     return device
 
 
-def check_out(out: Path) -> None:
-    """Make the folder of the run.
+def pattern_of(word: str, multiple_of: int) -> pruning.Channels | pruning.NofM:
+    """The pattern that a word names: channels, or keep:group.
 
     Raises:
-        ValueError: it is a file, cannot be written, or holds what saving would delete.
+        ValueError: it is no such word, or no format packs it.
     """
-    for place in (out, out / SEARCH):
-        if place.exists() and not place.is_dir():
-            raise ValueError(f"{place} is a file; --out must be a folder, or a new one")
-    for path in (out / SEARCH).glob("*"):
-        if path.name not in OURS and path.suffix != ".part":
-            raise ValueError(f"{path} is of no search; choose another folder as --out")
+    if word == "channels":
+        return pruning.Channels(multiple_of=multiple_of)
+    keep, _, group = word.partition(":")
+    known = [f"{keep}:{group}" for keep, group in PATTERNS]
+    if word not in known:
+        raise ValueError(
+            f"pattern must be channels or, as keep:group, one of {', '.join(known)}; got {word!r}"
+        )
+    return pruning.NofM(int(keep), int(group))
+
+
+def check_folder(out: Path) -> None:
+    """Make a folder; ValueError where it is a file or cannot be written."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out must be a folder, or a new one")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise ValueError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def check_out(out: Path) -> None:
+    """Make the folder of the run.
+
+    Raises:
+        ValueError: it is a file, cannot be written, or holds what saving would delete.
+    """
+    search = out / SEARCH
+    if search.exists() and not search.is_dir():
+        raise ValueError(f"{search} is a file; --out must be a folder, or a new one")
+    for path in search.glob("*"):
+        if path.name not in OURS and path.suffix != ".part":
+            raise ValueError(f"{path} is of no search; choose another folder as --out")
+    check_folder(out)
     check_target(out / MODEL, overwrite=True)
 
 
@@ -203,14 +133,15 @@ def first_batch(loader: Iterable[Any], name: str) -> Any:
         return next(iter(loader), None)
 
 
-def check_loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Any]) -> None:
+def check_loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Any], name: str) -> None:
     """Raise ValueError unless the loss of a batch is a finite scalar that can be trained on."""
     device = next(model.parameters()).device
     inputs, target = (to_device(part, device) for part in batch)
     with evaluating(model), torch.enable_grad():
         with users_code("the model's forward of a training batch"):
             outputs = run(model, inputs)
-        value = loss(outputs, target)
+        with users_code(f"the loss {name}"):
+            value = loss(outputs, target)
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise ValueError(f"the loss must give one number as a tensor, got {got}")
@@ -226,7 +157,7 @@ def check_loss(model: nn.Module, batch: Any, loss: Callable[[Any, Any], Any]) ->
 def _empty(search: Path) -> bool:
     """Whether a search ended before it found anything: its journal has a first line at most."""
     journal = search / JOURNAL
-    names = {path.name for path in search.iterdir()} - {JOURNAL}
+    names = {path.name for path in search.iterdir()} - {JOURNAL, TRACEBACK}
     return not names and (not journal.is_file() or journal.read_bytes().count(b"\n") < 2)
 
 

@@ -14,6 +14,7 @@ from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.sites import Site
 
 MULTIPLES = (64, 32, 16, 8, 4, 2)
+TOLERANCE = 0.03  # share of time that rounding a width up may cost
 
 
 def sweep(table: LatencyTable, site: Site, widths: Sequence[int]) -> dict[int, Times]:
@@ -23,7 +24,7 @@ def sweep(table: LatencyTable, site: Site, widths: Sequence[int]) -> dict[int, T
     return {width: table.times[site.signature]["dense"][width, into] for width in widths}
 
 
-def suggest_multiple(times: Mapping[int, Times], tolerance: float = 0.03) -> int:
+def suggest_multiple(times: Mapping[int, Times], tolerance: float = TOLERANCE) -> int:
     """The largest of 64, 32, ... 2 to which rounding up costs at most `tolerance` on average.
 
     Args:
@@ -44,7 +45,10 @@ def suggest_multiple(times: Mapping[int, Times], tolerance: float = 0.03) -> int
 
 
 def draw_staircase(
-    sweeps: Mapping[str, Mapping[int, Times]], path: str | os.PathLike[str], title: str
+    sweeps: Mapping[str, Mapping[int, Times]],
+    path: str | os.PathLike[str],
+    title: str,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Write a picture: median time against width for each layer, p20 to p80 as a band."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,7 +59,7 @@ def draw_staircase(
     axes = figure.subplots()
     for name, times in sweeps.items():
         widths = sorted(times)
-        label = f"{name}: multiple of {suggest_multiple(times)}"
+        label = f"{name}: multiple of {suggest_multiple(times, tolerance)}"
         axes.step(widths, [times[w].p50 for w in widths], where="mid", label=label)
         low, high = ([times[w][i] for w in widths] for i in (0, 2))
         axes.fill_between(widths, low, high, step="mid", alpha=0.2)

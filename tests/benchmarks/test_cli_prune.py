@@ -1,100 +1,16 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from slimgemm import pruning, sparse_ops
-from slimgemm.benchmarks.cli import app
+from slimgemm.kernels.timing import Times
+from slimgemm.pruning.joules import Joules
 
-MODULE = """
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-generator = torch.Generator().manual_seed(5)
-centres = 1.2 * torch.randn(4, 16, generator=generator)
-y = torch.randint(4, (256,), generator=generator)
-x = centres[y] + torch.randn(256, 16, generator=generator)
-
-def make_model():
-    torch.manual_seed(5)
-    layers = nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)
-    model = nn.Sequential(*layers)
-    rule = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        rule.zero_grad()
-        nn.functional.cross_entropy(model(x[:128]), y[:128]).backward()
-        rule.step()
-    return model
-
-def make_data():
-    own = torch.Generator()
-    train = DataLoader(TensorDataset(x[:128], y[:128]), 32, shuffle=True, generator=own)
-    return train, DataLoader(TensorDataset(x[128:], y[128:]), 64)
-
-def negative_loss(model):
-    return -float(nn.functional.cross_entropy(model(x[128:]), y[128:]))
-
-def not_a_number(model):
-    return float("nan")
-
-def not_a_model():
-    return 3
-
-def no_parameters():
-    return nn.ReLU()
-
-def broken():
-    raise KeyError("weights.pt")
-
-def broken_metric(model):
-    return model.absent
-
-def loss_per_row(outputs, target):
-    return nn.functional.cross_entropy(outputs, target, reduction="none")
-
-def frozen():
-    return make_model().requires_grad_(False)
-
-def unsavable():
-    class Extra(nn.Sequential):
-        def get_extra_state(self):
-            return {"a": 1}
-
-    return Extra(make_model())
-
-def once():
-    train, test = make_data()
-    return train, iter(test)
-
-def shuffled():
-    train, test = make_data()
-    return train, DataLoader(test.dataset, 64, shuffle=True)
-
-def one_hot():
-    train, test = make_data()
-    return train, [(a, nn.functional.one_hot(b, 4)) for a, b in test]
-
-number = 3
-"""
 SHORT = ["--short", "2", "--long", "10", "--multiple-of", "8"]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, request):
-    """Runs a command in a folder with a module of its own name."""
-    name = f"user_{re.sub(r'[^a-z0-9]', '_', request.node.name.lower())}"
-    (tmp_path / f"{name}.py").write_text(MODULE)
-    monkeypatch.chdir(tmp_path)
-
-    def run(command, *arguments):
-        return CliRunner().invoke(app, [command, *(run.named(str(a)) for a in arguments)])
-
-    run.named = lambda text: text.replace("USER", name)
-    return run
 
 
 def test_prune_inspect_and_verify(cli, tmp_path):
@@ -244,8 +160,6 @@ def test_the_number_of_gpus_is_said(cli, monkeypatch):
     [
         (["USER:broken", "USER:make_data"], "the model factory USER:broken raised KeyError: 'weig"),
         (["USER:make_model", "USER:broken"], "the data factory USER:broken raised KeyError: 'weig"),
-        (["USER:make_model", "USER:make_data", "--metric", "USER:broken_metric"],
-         "the metric USER:broken_metric raised AttributeError: 'Sequential' object has no"),
         (["syntax:make", "USER:make_data"], "importing syntax raised SyntaxError: "),
         (["needs:make", "USER:make_data"], "importing needs raised ModuleNotFoundError: No module"),
     ],
@@ -398,3 +312,107 @@ def test_folders_that_are_no_checkpoints(cli, tmp_path, command):
     ):
         done = cli(command, folder)
         assert done.exit_code == 2 and message in done.output
+
+
+def stopped(cli, what, number, *arguments):
+    """A run in which call `number` of `what` raises; its last line, and all lines."""
+    (Path.cwd() / what).write_text(str(number))
+    done = cli("prune", *arguments, *SHORT, "--max-macs", "60000")
+    (Path.cwd() / what).unlink()
+    assert done.exit_code == 2, done.output
+    return done.output.splitlines()
+
+
+def test_what_raises_in_the_middle_is_said_in_a_line_and_the_search_goes_on(cli, tmp_path):
+    arguments = ["USER:make_model", "USER:make_data", "--metric", "USER:failing_metric"]
+    whole = cli("prune", *arguments, *SHORT, "--max-macs", "60000", "--out", "whole")
+    assert whole.exit_code == 0, whole.output
+    *said, last = stopped(cli, "metric", 4, *arguments)
+    assert re.fullmatch(
+        cli.named(
+            r"error: the metric USER:failing_metric raised KeyError: 'metric' in fails "
+            r"\(USER.py, line \d+\), while trying 'step 0 2'; the same command goes on from "
+            r"out/search; its traceback is in out/search/traceback.txt"
+        ),
+        last,
+    ), last
+    assert said and all(line.startswith("step 0 ") for line in said)
+    trace = (tmp_path / "out/search/traceback.txt").read_text()
+    assert trace.startswith("Traceback") and 'fails("metric")' in trace
+    done = cli("prune", *arguments, *SHORT, "--max-macs", "60000")
+    assert done.exit_code == 0 and "Moved" not in done.output, done.output
+    first = next(line for line in done.output.splitlines() if line.startswith("step 0"))
+    assert first.startswith("step 0 2: ")  # what was found before is not evaluated again
+    assert not (tmp_path / "out/search/traceback.txt").exists()
+    reports = [json.loads((tmp_path / f"{out}/search/report.json").read_text()) for out in
+               ("whole", "out")]  # fmt: skip
+    assert reports[0] == reports[1]
+
+
+def test_the_loader_and_the_forward_are_named_too(cli, tmp_path):
+    # 32 rows are read to look at the loader, 32 for the check of the loss
+    said = stopped(cli, "row", 70, "USER:make_model", "USER:failing_data")
+    assert len(said) == 1
+    assert said[0].startswith(
+        cli.named("error: the training loader of USER:failing_data raised KeyError: 'row' in fails")
+    )
+    assert "while trying 'step 0 uncut'; the same command goes on" in said[0]
+    said = stopped(cli, "forward", 1, "USER:Net", "USER:make_data", "--debug", "--out", "net")
+    assert said[0].startswith("Traceback") and any("in forward" in line for line in said)
+    assert said[-1].startswith("error: the run raised KeyError: 'forward' in fails (")
+    assert said[-1].endswith("; its traceback is above")
+    assert not (tmp_path / "net/search/traceback.txt").exists()
+
+
+def test_a_value_error_of_the_user_is_not_taken_for_a_refusal(cli, tmp_path):
+    (tmp_path / "bad row").touch()
+    done = cli("prune", "USER:make_model", "USER:failing_data", *SHORT, "--max-macs", "60000")
+    line = cli.named("error: the training loader raised ValueError: row 0 is bad")
+    assert done.exit_code == 2 and done.output.splitlines()[-1] == line  # before the search
+
+
+def test_a_traceback_that_cannot_be_written_is_shown(tmp_path, capsys):
+    from slimgemm.benchmarks.user_code import UserError, told
+
+    (tmp_path / "file").touch()
+    text = r"^the run raised OSError: disk full in .*; the same command goes .*; its .* is above$"
+    with pytest.raises(UserError, match=text), told(tmp_path / "file/search", False):
+        raise OSError("disk full")
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_measured_energy_is_what_the_limit_is_of(cli, tmp_path, monkeypatch):
+    from slimgemm.benchmarks import prune_job
+
+    models = []
+
+    def measure(forward, device):  # a joule for each parameter
+        forward()
+        kept = float(sum(p.numel() for p in models[-1].parameters()))
+        return Joules(Times(kept, kept, kept), 50.0, 7)
+
+    monkeypatch.setattr(prune_job, "nvml_counter", lambda device: None)
+    monkeypatch.setattr(prune_job, "measure_joules", measure)
+    monkeypatch.setattr(prune_job, "run", lambda model, inputs: models.append(model))
+    arguments = ["USER:make_model", "USER:make_data", *SHORT, "--max-energy-mj", "1500000"]
+    done = cli("prune", *arguments, "--measured-energy")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out/search/report.json").read_text())
+    dense = 16 * 64 + 64 + 64 * 32 + 32 + 32 * 4 + 4
+    finished = sum(p.numel() for p in models[-1].parameters())
+    assert report["costs"]["dense"]["energy_mj"] == pytest.approx(1e3 * dense)
+    assert report["costs"]["measured"]["energy_mj"] == 1e3 * finished <= 1.5e6
+    assert not any(model.training for model in models)
+    assert re.search(r"^measured energy: .* mJ per forward .* 50.0 W of idle", done.output, re.M)
+    other = cli("prune", *arguments)  # by prediction: another search
+    assert "Moved out/search and out/model" in other.output
+
+
+def test_measured_energy_without_an_nvidia_gpu_is_refused_first(cli, tmp_path):
+    done = cli("prune", "nothing:make", "nothing:make", "--max-energy-mj", "1", "--measured-energy")
+    assert done.exit_code == 2
+    assert done.output == (
+        "error: --measured-energy cannot be had: measured energy needs an NVIDIA GPU, got cpu; the "
+        "predicted energy of pruning.energy runs anywhere; leave it out\n"
+    )
+    assert not (tmp_path / "out").exists()
