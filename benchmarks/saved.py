@@ -59,11 +59,15 @@ def contents(folder: Path) -> dict[str, Any]:
     for name in sorted({*manifest["shrunk"], *manifest["swapped"]}):
         shrunk, swapped = manifest["shrunk"].get(name), manifest["swapped"].get(name)
         prefix = f"{name}." if name else ""
-        own = {leaf: sizes.get(prefix + leaf) for leaf in WEIGHT}
+        cuts = (shrunk or {}).get("parameters", {})
+        own = {leaf: sizes.get(prefix + leaf) for leaf in (*WEIGHT, *cuts)}
         stored = sum(size.nbytes for size in own.values() if size is not None)
         size = own["values"] or own["weight"]
         shape = _dense_shape(shrunk, swapped)
         dense = math.prod(shape) * size.itemsize if size is not None else 0
+        if cuts:
+            parts = [(s.nbytes, cuts[key]) for key, s in own.items() if key in cuts and s]
+            dense = sum(n // len(cut["index"]) * cut["width"] for n, cut in parts)
         layers.append(
             {
                 "layer": name,
@@ -105,10 +109,14 @@ def _sizes(folder: Path) -> dict[str, _Size]:
 
 def _dense_shape(shrunk: dict[str, Any] | None, swapped: dict[str, Any] | None) -> list[int]:
     """Shape of the weight before anything was cut."""
-    found = swapped["dense_shape"] if swapped else (shrunk or {})["shapes"].get("weight", [])
+    cuts = (shrunk or {}).get("parameters", {})
+    key = next(iter(cuts), "weight")
+    found = swapped["dense_shape"] if swapped else (shrunk or {})["shapes"].get(key, [])
     shape = list(found)
     if shrunk is None:
         return shape
+    if cuts:
+        shape[cuts[key]["axis"]] = cuts[key]["width"]
     groups = shrunk["attributes"].get("groups", 1)
     for axis, key in enumerate(("kept_out", "kept_in")):
         if key not in shrunk or axis >= len(shape):
@@ -131,6 +139,8 @@ def _kept(shrunk: dict[str, Any] | None, swapped: dict[str, Any] | None) -> str:
     for key, side in (("kept_out", "out"), ("kept_in", "in")):
         if shrunk and key in shrunk:
             parts.append(f"{len(shrunk[key]['index'])} of {shrunk[key]['width']} {side}")
+    for key, cut in (shrunk or {}).get("parameters", {}).items():
+        parts.append(f"{len(cut['index'])} of {cut['width']} of {key}")
     return ", ".join(parts) or "channels"
 
 

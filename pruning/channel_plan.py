@@ -29,6 +29,7 @@ from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.patterns import Channels, keep_highest
 from slimgemm.pruning.sparsegpt import Solver
 
+MOST_NAMES = 3  # of normalisations that a note lists
 NO_NORM = "its channels stay: no batch normalisation with a scale follows them"
 
 
@@ -53,6 +54,7 @@ def plan_channels(
         dropped = {name.rpartition(".")[0]: gone for name, gone in surgery.readers.items()}
         weights = refitted(request, dropped)
         surgery = replace(surgery, weights={f"{n}.weight": w for n, w in weights.items()})
+    notes += _moments(surgery)
     parts = {}
     for layer in request.layers:
         part = _channel_part(layer.name, surgery, coupling, layer.name in scores)
@@ -61,6 +63,18 @@ def plan_channels(
         parts[layer.name] = replace(part, notes=tuple(notes))
         notes = []
     return parts, surgery
+
+
+def _moments(surgery: Surgery) -> list[str]:
+    """What a user of normalisations over channels should know."""
+    if not surgery.norms:
+        return []
+    names = list(surgery.norms)
+    listed = ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")
+    return [
+        f"Normalisations that will take their moments over the channels that stay: {len(names)} "
+        f"({listed}). The smaller model is not the dense one with zeros: fine-tune it"
+    ]
 
 
 def _channel_scores(request: Request, coupling: Coupling) -> dict[str, Tensor]:
@@ -150,7 +164,7 @@ def dropped_roots(
 def norm_scales(model: nn.Module, coupling: Coupling, names: Sequence[str]) -> dict[str, Tensor]:
     """Layer name -> [N] scale of the batch normalisation that its outputs meet first."""
     first: dict[int, tuple[str, int]] = {}
-    for ids, norm in coupling.norms:
+    for ids, norm in coupling.scales:
         for position, i in enumerate(ids.tolist()):
             first.setdefault(i, (norm, position))
     found = {}

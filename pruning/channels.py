@@ -1,32 +1,23 @@
-"""Channels: layers that really shrink, and the proof that nothing else changed.
+"""Channels: what a cut of coupled channels is in every parameter, buffer and module.
 
-Channels that pruning.trace found coupled go as one unit; `cut` says what a set of units is in every
-parameter and buffer. Which units go, pruning.channel_plan decides. `apply_surgery` cuts, then runs
-the model: its outputs must equal those of the dense model in which the layers that read the
-dropped channels have zeros in their place. If they do not, everything is put back and the cut is
-refused.
+Channels that pruning.trace found coupled go as one unit. Which units go, pruning.channel_plan
+decides; `cut` says what that means; pruning.proof does it, and proves that nothing else changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimgemm.kernels.formats import ChannelIndex, channel_index
-from slimgemm.pruning.coupling import FIXED, Coupling, Ids
-from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
-from slimgemm.pruning.layers import Layer, digest, matches
-from slimgemm.pruning.masks import PackedMask, mask_of, pack_mask
+from slimgemm.pruning.coupling import FIXED, Coupling, Ids, Pinned
+from slimgemm.pruning.inputs import Inputs
+from slimgemm.pruning.layers import NORMS, Layer, digest, matches, parameter_owners
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-# Largest difference between the two models, relative to the largest output: summing fewer terms
-# in another order moves the last bits, a wrong cut moves the first.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+WIDE = (nn.Linear, nn.Conv2d, *NORMS)  # modules that carry `kept_out`
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,7 @@ class Surgery:
         digests: name of a parameter or buffer -> sha256 when planned.
         example_inputs: what the proof runs.
         weights: weight name -> new weight of a reader before it is cut, zero where it is dropped.
+        norms: module name -> positions of its input over which the smaller model takes moments.
     """
 
     slices: Mapping[tuple[str, int], Tensor]
@@ -49,23 +41,33 @@ class Surgery:
     digests: Mapping[str, str]
     example_inputs: Inputs = field(repr=False)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def pinned_by(
-    model: nn.Module, layers: Sequence[Layer], ignore: Sequence[str]
-) -> Callable[[str], str | None]:
+def pinned_by(model: nn.Module, layers: Sequence[Layer], ignore: Sequence[str]) -> Pinned:
     """The rule of `trace`: why a parameter's channels must stay, or None."""
     refusals = {layer.name: layer.refusal for layer in layers}
     modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters())
+    owners = parameter_owners(model)
 
-    def reason(name: str) -> str | None:
+    def reason(name: str, alone: bool) -> str | None:
         owner = name.rpartition(".")[0]
-        if owner in refusals:
-            refusal = refusals[owner]
+        module = modules[owner]
+        if alone and not isinstance(module, NORMS) and name not in parameters:
+            return f"{name} is a buffer, only parameters shrink"
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            refusal = refusals.get(owner)
             return None if refusal is None else f"{owner}: {refusal}"
-        if not isinstance(modules[owner], NORMS):
-            return f"{name} belongs to a {type(modules[owner]).__name__}, which cannot be rebuilt"
-        return f"{owner} is ignored" if matches(owner, ignore) else None
+        if not isinstance(module, (*NORMS, nn.Embedding)) and not alone:
+            if refusals.get(owner) is not None:
+                return f"{owner}: {refusals[owner]}"
+            return f"{name} belongs to a {type(module).__name__}, which cannot be rebuilt"
+        if matches(owner, ignore) or matches(name, ignore):
+            return f"{owner if matches(owner, ignore) else name} is ignored"
+        places = owners.get(id(parameters.get(name)), [])
+        others = ", ".join(place for holder, place in places if holder != id(module))
+        return f"{name} is shared with {others}; untie it (clone it) first" if others else None
 
     return reason
 
@@ -145,81 +147,24 @@ def cut(
         if not use.depthwise and columns is not None:
             dropped = np.flatnonzero(np.isin(sets.roots(columns), gone))
             readers[use.weight] = torch.from_numpy(dropped)
-    kept_out = {
-        name.rpartition(".")[0]: kept
-        for (name, axis), kept in slices.items()
-        if axis == 0 and name.rpartition(".")[2] in ("weight", "running_mean")
-    }
+    kept_out, norms = {}, {}
+    for (name, axis), kept in slices.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if axis == 0 and leaf in ("weight", "running_mean") and isinstance(module, WIDE):
+            kept_out[owner] = kept
+    for norm in coupling.norms:
+        kept = stays(norm.inputs)
+        if kept is None:
+            continue
+        if norm.mixes:
+            norms[norm.module] = kept
+        if isinstance(model.get_submodule(norm.module), WIDE):
+            kept_out[norm.module] = kept
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     names = {name for name, _ in slices} & parameters
     digests = {name: digest(tensor_named(model, name)) for name in sorted(names)}
-    return Surgery(slices, kept_in, kept_out, readers, digests, example_inputs)
-
-
-def apply_surgery(model: nn.Module, surgery: Surgery) -> None:
-    """Cut the model in place; put everything back if the proof fails.
-
-    Raises:
-        ValueError: a tensor changed since the plan, or the outputs of the smaller model are not
-            those of the dense one with zeros; the model is unchanged then.
-    """
-    for name, known in surgery.digests.items():
-        if digest(tensor_named(model, name)) != known:
-            raise ValueError(f"{name} changed after the plan was made; make a new plan")
-    inputs = lively(surgery.example_inputs)
-    want = _zeroed_outputs(model, surgery, inputs)
-    undo = _Undo(model, surgery)
-    failure: str | None
-    try:
-        shrink(model, surgery)
-        with evaluating(model), torch.no_grad():
-            failure = difference(tensors_of(run(model, inputs)), want)
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        failure = f"its forward failed: {type(error).__name__}: {first}"
-    except BaseException:
-        undo.restore()
-        raise
-    if failure is not None:
-        undo.restore()
-        cut_layers = ", ".join(surgery.kept_out)
-        raise ValueError(
-            f"channels of {cut_layers} could not be cut: the smaller model is not the dense one "
-            f"with zeros, {failure}. A width written as a number in forward (view, reshape, scale) "
-            "does this: read it from the tensor, or ignore these layers. The model is unchanged"
-        )
-
-
-def lively(inputs: Inputs) -> Inputs:
-    """Example inputs for a proof: constant floating tensors, which prove little, become random."""
-
-    def swap(value: object) -> object:
-        if isinstance(value, Tensor):
-            if not value.is_floating_point() or bool((value != value.flatten()[:1]).any()):
-                return value
-            generator = torch.Generator().manual_seed(0)
-            return torch.randn(value.shape, generator=generator).to(value)
-        if isinstance(value, Mapping):
-            return {key: swap(item) for key, item in value.items()}
-        return tuple(swap(item) for item in value) if isinstance(value, (tuple, list)) else value
-
-    return swap(inputs)  # type: ignore[return-value]
-
-
-def difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> str | None:
-    """What differs between two lists of outputs beyond TOLERANCE, or None."""
-    for place, (a, b) in enumerate(zip(got, want, strict=True)):
-        if a.shape != b.shape:
-            return f"output {place} is {list(a.shape)} instead of {list(b.shape)}"
-        if not a.is_floating_point():
-            continue
-        worst = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
-        allowed = TOLERANCE[b.dtype] * max(
-            float(b.double().abs().max()) if b.numel() else 0.0, 1e-30
-        )
-        if not worst <= allowed:  # also catches NaN
-            return f"output {place} differs by {worst:.3g}, allowed are {allowed:.3g}"
-    return None
+    return Surgery(slices, kept_in, kept_out, readers, digests, example_inputs, norms=norms)
 
 
 def tensor_named(model: nn.Module, name: str) -> Tensor:
@@ -229,121 +174,3 @@ def tensor_named(model: nn.Module, name: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is not in this model; make a plan for the model that you prune")
     return value
-
-
-def _zeroed_outputs(model: nn.Module, surgery: Surgery, inputs: Inputs) -> list[Tensor]:
-    """Outputs of the dense model whose readers have zeros for the dropped channels."""
-    saved = {name: tensor_named(model, name).data for name in surgery.readers}
-    try:
-        for name, columns in surgery.readers.items():
-            weight = surgery.weights.get(name, saved[name]).clone().to(saved[name].device)
-            weight[:, columns.to(weight.device)] = 0
-            tensor_named(model, name).data = weight
-        with evaluating(model), torch.no_grad():
-            return [t.clone() for t in tensors_of(run(model, inputs))]
-    finally:
-        for name, data in saved.items():
-            tensor_named(model, name).data = data
-
-
-ATTRIBUTES = (
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "num_features",
-    "groups",
-)
-
-
-class _Undo:
-    """What `restore` puts back: tensor contents by reference, attributes by value."""
-
-    def __init__(self, model: nn.Module, surgery: Surgery) -> None:
-        names = {name for name, _ in surgery.slices}
-        self._tensors = [(t, t.data, t.grad) for t in (tensor_named(model, n) for n in names)]
-        touched = {*surgery.kept_in, *surgery.kept_out}
-        self._modules = [
-            (
-                module,
-                {k: module.__dict__[k] for k in (*ATTRIBUTES, *CARRIED) if k in module.__dict__},
-            )
-            for module in (model.get_submodule(name) for name in touched)
-        ]
-
-    def restore(self) -> None:
-        """Put everything back."""
-        for tensor, data, grad in self._tensors:
-            tensor.data = data
-            tensor.grad = grad
-        for module, saved in self._modules:
-            for key in CARRIED:
-                module.__dict__.pop(key, None)
-            module.__dict__.update(saved)
-
-
-CARRIED = ("kept_in", "kept_out", "kept_weights")
-
-
-def shrink(model: nn.Module, surgery: Surgery) -> None:
-    """Cut without a proof: for a surgery that was proved on these shapes before."""
-    masks = {
-        name: mask
-        for name in {*surgery.kept_in, *surgery.kept_out}
-        if (mask := mask_of(model.get_submodule(name))) is not None
-    }
-    for name, weight in surgery.weights.items():
-        tensor = tensor_named(model, name)
-        tensor.data = weight.to(tensor.device)
-    for (name, axis), kept in surgery.slices.items():
-        tensor = tensor_named(model, name)
-        tensor.data = tensor.data.index_select(axis, kept.to(tensor.device))
-        tensor.grad = None
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and owner in masks:
-            masks[owner] = masks[owner].index_select(axis, kept.to(masks[owner].device))
-    for name in {*surgery.kept_in, *surgery.kept_out}:
-        module = model.get_submodule(name)
-        _carry(module, "kept_out", surgery.kept_out.get(name), _widths(module)[0])
-        if not isinstance(module, NORMS):
-            _carry(module, "kept_in", surgery.kept_in.get(name), _widths(module)[1])
-        _rewrite(module, surgery.kept_in.get(name), surgery.kept_out.get(name))
-        if name in masks:
-            packed: PackedMask = pack_mask(masks[name].cpu())
-            module.kept_weights = packed  # type: ignore[assignment]
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """(out, in) channels as the attributes say, before `_rewrite`."""
-    for out, inp in (("out_features", "in_features"), ("out_channels", "in_channels")):
-        if hasattr(module, out):
-            return int(getattr(module, out)), int(getattr(module, inp))
-    return int(module.num_features), 0  # type: ignore[arg-type]
-
-
-def _carry(module: nn.Module, key: str, kept: Tensor | None, width: int) -> None:
-    """Set module.kept_in or kept_out: positions on the axis as it was before any pruning."""
-    earlier = getattr(module, key, None)
-    index: ChannelIndex | None = earlier if isinstance(earlier, ChannelIndex) else None
-    if kept is not None:
-        kept = kept.cpu()
-        if index is None:
-            index = channel_index(kept, width, key)
-        else:
-            index = channel_index(index.index[kept], index.width, key)
-    setattr(module, key, index)
-
-
-def _rewrite(module: nn.Module, kept_in: Tensor | None, kept_out: Tensor | None) -> None:
-    """Attributes of a shrunk module say what its tensors are."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d):
-        depthwise = module.groups > 1 and module.groups == module.in_channels
-        if kept_in is not None:
-            module.in_channels = kept_in.numel()
-        if depthwise:
-            module.groups = module.in_channels
-        module.out_channels = module.weight.shape[0]
-    elif isinstance(module, NORMS) and kept_out is not None:
-        module.num_features = kept_out.numel()

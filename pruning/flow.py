@@ -1,20 +1,22 @@
 """Flow: what each operation of an exported graph does to channel ids (see pruning.coupling).
 
-Five families: layers (convolution, linear, batch normalisation), element-wise operations,
-operations that only move elements (run on the ids themselves), reductions and normalisations
-over some dimensions, and products of two activations (attention). Everything else pins.
+Here: layers (convolution, linear, embedding), element-wise operations, and operations that only
+move elements (run on the ids themselves). Reductions and normalisations are in pruning.norm_flow,
+products of two activations (attention) in pruning.head_flow. Everything else pins.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from slimgemm.pruning.coupling import FIXED, Ids, Tracer, Tracked, Use, place
+from slimgemm.pruning import nodes
+from slimgemm.pruning.coupling import Ids, Rule, Tracer, Tracked, Use, place
+from slimgemm.pruning.head_flow import HEAD_RULES
+from slimgemm.pruning.norm_flow import NORM_RULES
 
 
 def _names(listed: str) -> frozenset[str]:
@@ -34,7 +36,7 @@ ELEMENTWISE = _names(
 MOVES = _names(
     """
     view reshape _unsafe_view flatten unflatten squeeze unsqueeze permute transpose t
-    movedim swapaxes expand expand_as repeat repeat_interleave cat concat stack chunk split
+    movedim swapaxes expand expand_as repeat repeat_interleave stack chunk split
     split_with_sizes tensor_split select slice narrow unbind flip roll pixel_shuffle
     pixel_unshuffle numpy_T mT adjoint view_as reshape_as channel_shuffle
     """
@@ -46,21 +48,6 @@ SPATIAL = _names(
     upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d
     """
 )
-REDUCTIONS = _names(
-    """
-    mean sum amax amin max_dim var std norm prod logsumexp
-    """
-)
-OVER_DIMS = _names(
-    """
-    softmax _softmax log_softmax _log_softmax cumsum
-    """
-)
-NORMS = _names(
-    """
-    layer_norm rms_norm native_layer_norm
-    """
-)
 
 
 def follow(tracer: Tracer, node: Any) -> Any:
@@ -68,78 +55,22 @@ def follow(tracer: Tracer, node: Any) -> Any:
     if node.target is operator.getitem:
         value = tracer.value(node.args[0])
         return value[node.args[1]] if isinstance(value, list) else value
-    name = _name(node)
-    rule = tracer.rules.get(name) or _RULES.get(name)
-    if rule is None:
-        rule = next((r for names, r in _FAMILIES if name in names), _unknown)
-    return rule(tracer, node)
-
-
-def _name(node: Any) -> str:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return str(getattr(node.target, "__name__", node.target))
-    name = str(schema.name).rpartition("::")[2]
-    return name if name.startswith("__") else (name.rstrip("_") or name)
-
-
-def _unknown(tracer: Tracer, node: Any) -> Any:
-    """No rule: every channel that arrives stays."""
-    for source in node.all_input_nodes:
-        if tracer.parameter(source) is not None:
-            tracer.pin_parameter(source, f"no rule for {place(node)}")
-        else:
-            tracer.pin(tracer.value(source), f"no rule for {place(node)}")
-    return None
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    value = node.meta["val"]
-    return tuple((value[0] if isinstance(value, (list, tuple)) else value).shape)
-
-
-def _channels_of(tracer: Tracer, node: Any, dim: int) -> Ids:
-    """Ids along one dimension of an activation; whatever else it tracks must stay."""
-    size = _shape(node)[dim]
-    value = tracer.value(node)
-    if not isinstance(value, Tracked):
-        return np.full(size, FIXED, dtype=np.int64)
-    if value.dims != (dim,):
-        tracer.pin(value, "its channels lie along several dimensions here")
-        return np.full(size, FIXED, dtype=np.int64)
-    return value.ids
-
-
-def _argument(node: Any, place: int, name: str, default: Any) -> Any:
-    if len(node.args) > place:
-        return node.args[place]
-    return node.kwargs.get(name, default)
-
-
-def _bias(tracer: Tracer, node: Any, out: Ids, slots: range | tuple[int, ...]) -> None:
-    """Unite one-dimensional parameters with the channels that they belong to."""
-    for slot in slots:
-        source = node.args[slot] if len(node.args) > slot else None
-        if source is None:
-            continue
-        if tracer.parameter(source) is None:
-            tracer.pin(Tracked((0,), out), f"{place(node)} reads a computed tensor")
-        else:
-            tracer.sets.unite(out, tracer.axis(source, 0))
+    name = nodes.name(node)
+    return (tracer.rules.get(name) or RULES.get(name) or nodes.unknown)(tracer, node)
 
 
 def _linear(tracer: Tracer, node: Any) -> Tracked | None:
     x, weight = node.args[:2]
     if tracer.parameter(weight) is None:
-        return _unknown(tracer, node)
-    dim = len(_shape(x)) - 1
+        return nodes.unknown(tracer, node)
+    dim = len(nodes.shape(x)) - 1
     value = tracer.value(x)
     if isinstance(value, Tracked) and dim not in value.dims:
         tracer.pin(value, f"{place(node)} mixes another dimension")
-    inputs = _channels_of(tracer, x, dim)
+    inputs = nodes.channels_of(tracer, x, dim)
     out, columns = tracer.axis(weight, 0), tracer.axis(weight, 1)
     tracer.sets.unite(columns, inputs)
-    _bias(tracer, node, out, (2,))
+    nodes.bias(tracer, node, out, (2,))
     tracer.found.uses.append(Use(tracer.names[weight.name], inputs, depthwise=False))
     return _made(tracer, dim, out)
 
@@ -155,11 +86,11 @@ def _made(tracer: Tracer, dim: int, ids: Ids) -> Tracked | None:
 def _convolution(tracer: Tracer, node: Any) -> Tracked | None:
     x, weight = node.args[:2]
     if tracer.parameter(weight) is None:
-        return _unknown(tracer, node)
-    groups = _argument(node, 6, "groups", 1)
-    shape = _shape(weight)
-    dim = len(_shape(x)) - len(shape) + 1
-    inputs, out = _channels_of(tracer, x, dim), tracer.axis(weight, 0)
+        return nodes.unknown(tracer, node)
+    groups = nodes.argument(node, 6, "groups", 1)
+    shape = nodes.shape(weight)
+    dim = len(nodes.shape(x)) - len(shape) + 1
+    inputs, out = nodes.channels_of(tracer, x, dim), tracer.axis(weight, 0)
     depthwise = groups > 1 and shape[1] == 1 and groups == inputs.size
     if depthwise:
         tracer.sets.unite(out, np.repeat(inputs, out.size // groups))
@@ -170,35 +101,24 @@ def _convolution(tracer: Tracer, node: Any) -> Tracked | None:
         tracer.sets.unite(inputs.reshape(groups, -1), tracer.axis(weight, 1))
         by_group = out.reshape(groups, -1)
         tracer.sets.unite(by_group, by_group[:1])
-    _bias(tracer, node, out, (2,))
+    nodes.bias(tracer, node, out, (2,))
     tracer.found.uses.append(Use(tracer.names[weight.name], inputs, depthwise))
     return _made(tracer, dim, out)
 
 
-def _batch_norm(tracer: Tracer, node: Any) -> Tracked | None:
-    x = node.args[0]
-    ids = _channels_of(tracer, x, 1)
-    if (ids == FIXED).all():
-        for source in node.args[1:5]:
-            if source is not None and tracer.parameter(source) is not None:
-                tracer.pin_parameter(source, "its input has a fixed size")
-        return None
-    _bias(tracer, node, ids, range(1, 5))
-    if node.args[1] is not None and tracer.parameter(node.args[1]) is not None:
-        tracer.found.norms.append((ids, tracer.names[node.args[1].name]))
-    return Tracked((1,), ids)
+def embedding(tracer: Tracer, node: Any) -> Tracked | None:
+    """Rows of a table: its last axis makes channels, in any order."""
+    weight = node.args[0]
+    if tracer.parameter(weight) is None:
+        return nodes.unknown(tracer, node)
+    return _made(tracer, len(nodes.shape(node)) - 1, tracer.axis(weight, 1))
 
 
 def _elementwise(tracer: Tracer, node: Any) -> Tracked | None:
     """Unite what meets; ids that meet a tensor of that size without ids are pinned."""
-    shape = _shape(node)
+    shape = nodes.shape(node)
     sources = [s for s in node.all_input_nodes if hasattr(s.meta.get("val"), "shape")]
-    tracked = []
-    for source in sources:
-        value = tracer.value(source)
-        if isinstance(value, Tracked):
-            shift = len(shape) - len(_shape(source))
-            tracked.append((source, tuple(d + shift for d in value.dims), value.ids))
+    tracked = _known(tracer, sources, len(shape))
     if not tracked:
         return None
     dims = tuple(sorted({d for _, found, _ in tracked for d in found}))
@@ -218,17 +138,45 @@ def _elementwise(tracer: Tracer, node: Any) -> Tracked | None:
     return Tracked(dims, joint)
 
 
+def _known(tracer: Tracer, sources: list[Any], ndim: int) -> list[tuple[Any, tuple[int, ...], Ids]]:
+    """(source, its dimensions with ids in a result of `ndim` dimensions, ids) of those with ids."""
+    found: list[tuple[Any, tuple[int, ...], Ids]] = []
+    # Parameters last: activations say along which of their dimensions channels lie.
+    for source in sorted(sources, key=lambda s: tracer.parameter(s) is not None):
+        met = {d for _, dims, _ in found for d in dims}
+        shift = ndim - len(nodes.shape(source))
+        if met and tracer.parameter(source) is not None:
+            value = _beside(tracer, source, {d - shift for d in met})
+        else:
+            value = tracer.value(source)
+        if isinstance(value, Tracked):
+            found.append((source, tuple(d + shift for d in value.dims), value.ids))
+    return found
+
+
+def _beside(tracer: Tracer, parameter: Any, axes: set[int]) -> Tracked | None:
+    """A parameter that meets channels along these of its axes (below 0: it has not so many)."""
+    sizes = nodes.shape(parameter)
+    spanned = [axis for axis in axes if axis >= 0 and sizes[axis] > 1]
+    if not spanned:
+        return None
+    if len(axes) == 1:
+        return tracer.alone(parameter, spanned[0])
+    tracer.fix(parameter, "its channels lie along several dimensions here")
+    return None
+
+
 def _meet_fixed(tracer: Tracer, node: Any, source: Any, dims: tuple[int, ...], ids: Ids) -> None:
     """A tensor without ids spans some tracked dimensions: along these, all stay or all go.
 
     Rotary embeddings span the size of a head, so that heads are whole units. Where every tracked
     dimension is spanned, everything has to stay.
     """
-    found = _shape(source)
-    shift = len(_shape(node)) - len(found)
+    found = nodes.shape(source)
+    shift = len(nodes.shape(node)) - len(found)
     spanned = tuple(i for i, d in enumerate(dims) if d >= shift and found[d - shift] > 1)
     if len(spanned) == len(dims):
-        tracer.sets.pin(ids, f"{place(node)} meets a tensor of fixed size")
+        tracer.pin_meeting(node, source, ids)
     elif spanned:
         first = tuple(slice(0, 1) if i in spanned else slice(None) for i in range(len(dims)))
         tracer.sets.unite(ids, ids[first])
@@ -257,141 +205,46 @@ def _move(tracer: Tracer, node: Any) -> Any:
     return found if isinstance(result, (list, tuple)) else found[0]
 
 
+def _join(tracer: Tracer, node: Any) -> Any:
+    """Concatenation along another dimension than that of the channels: what is joined is united."""
+    tensors = [s for s in node.args[0] if nodes.shape(s) != (0,)]
+    dim = nodes.argument(node, 1, "dim", 0) % len(nodes.shape(node))
+    values = [tracer.value(s) for s in tensors]
+    known = [value for value in values if isinstance(value, Tracked)]
+    if len({value.dims for value in known}) != 1 or dim in known[0].dims:
+        return _move(tracer, node)
+    for value in known[1:]:
+        tracer.sets.unite(known[0].ids, value.ids)
+    for source, value in zip(tensors, values, strict=True):
+        if not isinstance(value, Tracked):
+            tracer.pin_meeting(node, source, known[0].ids)
+    return known[0]
+
+
 def _spatial(tracer: Tracer, node: Any) -> Any:
     """Pooling and interpolation: over the last dimensions only, channels pass."""
     x = node.args[0]
-    name = _name(node)
-    last = len(_shape(x)) - int(next(c for c in name if c.isdigit()))
-    return _pass_unless(tracer, node, lambda d: d >= last, "pools over its channels")
-
-
-def _pass_unless(tracer: Tracer, node: Any, mixed: Callable[[int], bool], why: str) -> Any:
-    value = tracer.value(node.args[0])
-    if not isinstance(value, Tracked):
-        return None
-    if any(mixed(d) for d in value.dims):
-        tracer.pin(value, f"{place(node)} {why}")
-        return None
-    several = isinstance(node.meta["val"], (list, tuple))
-    return [value] * len(node.meta["val"]) if several else value
-
-
-def _dims(node: Any, argument: Any) -> set[int]:
-    n = len(_shape(node.args[0]))
-    if argument is None or argument == []:
-        return set(range(n))
-    listed = argument if isinstance(argument, (list, tuple)) else [argument]
-    return {d % n for d in listed}
-
-
-def _reduce(tracer: Tracer, node: Any) -> Any:
-    """Means and sums: channels pass when another dimension is reduced."""
-    slot = 2 if _name(node) == "norm" else 1
-    argument = _argument(node, slot, "dim", None)
-    if argument is not None and not isinstance(argument, (int, list, tuple)):
-        return _unknown(tracer, node)
-    over = _dims(node, argument)
-    value = _pass_unless(tracer, node, over.__contains__, "reduces over its channels")
-    if not isinstance(value, Tracked) or len(_shape(node)) == len(_shape(node.args[0])):
-        return value
-    return Tracked(tuple(d - sum(o < d for o in over) for d in value.dims), value.ids)
-
-
-def _over_dims(tracer: Tracer, node: Any) -> Any:
-    over = _dims(node, _argument(node, 1, "dim", None))
-    return _pass_unless(tracer, node, over.__contains__, "mixes its channels")
-
-
-def _norm(tracer: Tracer, node: Any) -> Any:
-    """Layer normalisation: the mean over channels would change with their number."""
-    n = len(_shape(node.args[0])) - len(node.args[1])
-    for source in node.all_input_nodes:
-        if tracer.parameter(source) is not None:
-            tracer.pin_parameter(source, f"{place(node)} normalises over it")
-    return _pass_unless(tracer, node, lambda d: d >= n, "normalises over its channels")
+    name = nodes.name(node)
+    last = len(nodes.shape(x)) - int(next(c for c in name if c.isdigit()))
+    return nodes.pass_unless(tracer, node, lambda d: d >= last, "pools over its channels")
 
 
 def _pad(tracer: Tracer, node: Any) -> Any:
     x, padding = node.args[:2]
-    last = len(_shape(x)) - len(padding) // 2
-    return _pass_unless(tracer, node, lambda d: d >= last, "pads its channels")
+    last = len(nodes.shape(x)) - len(padding) // 2
+    return nodes.pass_unless(tracer, node, lambda d: d >= last, "pads its channels")
 
 
-def _heads(tracer: Tracer, node: Any, source: Any, last: tuple[int, ...]) -> Tracked | None:
-    """Unite the ids along `last` dimensions (a head stays whole); what is left are its heads."""
-    value = tracer.value(source)
-    if not isinstance(value, Tracked):
-        return None
-    kept = [i for i, d in enumerate(value.dims) if d not in last]
-    gone = [i for i, d in enumerate(value.dims) if d in last]
-    ids = value.ids.transpose(kept + gone).reshape([value.ids.shape[i] for i in kept] + [-1])
-    tracer.sets.unite(ids, ids[..., :1])
-    if not kept:
-        tracer.pin(value, f"{place(node)} sums over its channels")
-        return None
-    return Tracked(tuple(value.dims[i] for i in kept), ids[..., 0])
-
-
-def _unite_heads(tracer: Tracer, node: Any, heads: list[tuple[Any, Tracked | None]]) -> Any:
-    """Unite the heads of all factors of a product; the result carries them."""
-    known = [h for _, h in heads if h is not None]
-    if not known:
-        return None
-    first = known[0]
-    for source, other in heads:
-        if other is not None and other.dims == first.dims and other.ids.size == first.ids.size:
-            tracer.sets.unite(first.ids, other.ids)
-        elif other is not None or any(_shape(source)[d] > 1 for d in first.dims):
-            tracer.pin(first, f"{place(node)} meets heads of fixed number")
-            tracer.pin(other, f"{place(node)} meets heads of fixed number")
-    return first
-
-
-def _product(tracer: Tracer, node: Any) -> Any:
-    a, b = node.args[:2]
-    if any(tracer.parameter(s) is not None for s in (a, b)) or len(_shape(a)) != len(_shape(b)):
-        return _unknown(tracer, node)
-    n = len(_shape(a))
-    heads = [(s, _heads(tracer, node, s, (n - 2, n - 1))) for s in (a, b)]
-    return _unite_heads(tracer, node, heads)
-
-
-def _attention(tracer: Tracer, node: Any) -> Any:
-    query, key, value = node.args[:3]
-    n = len(_shape(query))
-    heads = [(s, _heads(tracer, node, s, (n - 2, n - 1))) for s in (query, key, value)]
-    mask = _argument(node, 3, "attn_mask", None)
-    if _shape(query)[:-2] != _shape(key)[:-2]:  # grouped queries share a key
-        times = _shape(query)[-3] // _shape(key)[-3]
-        heads[1:] = [
-            (query, h and Tracked(h.dims, np.repeat(h.ids, times, axis=-1))) for _, h in heads[1:]
-        ]
-    found = _unite_heads(tracer, node, heads)
-    if isinstance(found, Tracked) and isinstance(mask, torch.fx.Node):
-        shift = n - len(_shape(mask))
-        if any(d >= shift and _shape(mask)[d - shift] > 1 for d in found.dims if d == n - 3):
-            tracer.pin(found, f"{place(node)} has a mask for each head")
-    return found
-
-
-_RULES: dict[str, Callable[[Tracer, Any], Any]] = {
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(MOVES, _move),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _join),
+    **dict.fromkeys(SPATIAL, _spatial),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    **NORM_RULES,
+    **HEAD_RULES,
     "linear": _linear,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "conv3d": _convolution,
-    "batch_norm": _batch_norm,
-    "pad": _pad,
-    "constant_pad_nd": _pad,
-    "matmul": _product,
-    "bmm": _product,
-    "scaled_dot_product_attention": _attention,
+    "embedding": embedding,
     "_assert_tensor_metadata": lambda tracer, node: None,  # it has no result
 }
-_FAMILIES: tuple[tuple[frozenset[str], Callable[[Tracer, Any], Any]], ...] = (
-    (ELEMENTWISE, _elementwise),
-    (MOVES, _move),
-    (SPATIAL, _spatial),
-    (REDUCTIONS, _reduce),
-    (OVER_DIMS, _over_dims),
-    (NORMS, _norm),
-)

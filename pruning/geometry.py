@@ -171,7 +171,7 @@ class Geometry:
     def _shape(self, name: str, flags: np.ndarray) -> tuple[int, ...]:
         """Shape of a parameter or buffer afterwards."""
         shape = list(self.tensors[name][0])
-        for axis in range(min(len(shape), 2)):
+        for axis in range(len(shape)):
             ids = self.roots.get((name, axis))
             if ids is not None:
                 shape[axis] = int(flags[ids].sum())

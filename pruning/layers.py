@@ -14,6 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Their widths are attributes, which channel surgery can rewrite.
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
 KINDS: tuple[tuple[type[nn.Linear] | type[nn.Conv2d], str], ...] = (
     (nn.Linear, "linear"),
     (nn.Conv2d, "conv2d"),
@@ -72,7 +84,8 @@ def find_layers(model: nn.Module, ignore: Sequence[str] = ()) -> list[Layer]:
     """Every module of the model that owns a matrix, in the order of `named_modules`.
 
     Raises:
-        ValueError: an entry of `ignore` covers no such module (a typing error would else prune it).
+        ValueError: an entry of `ignore` covers no such module, no normalisation and no parameter
+            that is no layer's (a typing error would else prune it).
     """
     if isinstance(ignore, str):
         raise ValueError(
@@ -82,6 +95,7 @@ def find_layers(model: nn.Module, ignore: Sequence[str] = ()) -> list[Layer]:
     used: set[str] = set()
     layers = []
     for name, module in model.named_modules():
+        used.update(rule for other in _others(name, module) for rule in matches(other, ignore))
         own = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
         if not own:
             continue
@@ -97,6 +111,16 @@ def find_layers(model: nn.Module, ignore: Sequence[str] = ()) -> list[Layer]:
         names = ", ".join(layer.name for layer in layers)
         raise ValueError(f"ignore has {unused[0]!r}, which covers no layer; layers are {names}")
     return layers
+
+
+def _others(name: str, module: nn.Module) -> list[str]:
+    """Names that `ignore` may have beside those of layers: they only make channels stay."""
+    if isinstance(module, NORMS):
+        return [name]
+    if kind_of(module) is not None:
+        return []
+    own = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+    return [name, *own] if own else []
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[tuple[int, str]]]:

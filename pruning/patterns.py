@@ -317,6 +317,10 @@ class Kernel(Pattern):
 class Channels(Pattern):
     """Whole channels; the layers really shrink (pruning.channels).
 
+    Under a normalisation over channels (LayerNorm, RMSNorm, GroupNorm) they go too: the norm of the
+    smaller model takes its moments over the channels that stay, so it wants fine-tuning. An ignored
+    norm pins its channels. A norm over a single channel erases it: give a floor with large shares.
+
     Args:
         multiple_of: widths that remain are rounded up to a multiple of this.
         floor: channels that always remain in a coupled group.

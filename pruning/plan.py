@@ -36,6 +36,7 @@ from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.layers import Layer, check_finite, digest, find_layers
 from slimgemm.pruning.masks import PackedMask, set_mask, unpack_mask
 from slimgemm.pruning.patterns import Channels, Pattern
+from slimgemm.pruning.proof import apply_surgery
 from slimgemm.pruning.scores import Context, Function, Magnitude, Score
 from slimgemm.pruning.trace import trace
 
@@ -54,6 +55,8 @@ class LayerPlan:
         kept_out, kept_in: int64 positions on the present axes 0 and 1 that Channels keeps.
         weight: the weight to write, where the score updates kept weights; None otherwise.
         refusal: why the layer is left alone, or None.
+        follows: shape afterwards of the parameter of a module that is not pruned itself, but loses
+            the channels of layers that it is added to (an embedding); None for all others.
         kept: share of weights kept.
         dense_bytes, pruned_bytes: of the weight; pruned as it is saved: packed where a format holds
             the pattern, dense with its zeros otherwise.
@@ -73,6 +76,7 @@ class LayerPlan:
     kept_in: Tensor | None = None
     weight: Tensor | None = None
     refusal: str | None = None
+    follows: tuple[int, ...] | None = None
     kept: float = 1.0
     dense_bytes: int = 0
     pruned_bytes: int = 0
@@ -88,6 +92,8 @@ class LayerPlan:
     @property
     def kept_shape(self) -> tuple[int, ...]:
         """Shape of the weight after Channels; the dense shape for every other pattern."""
+        if self.follows is not None:
+            return self.follows
         shape = list(self.shape)
         if self.kept_out is not None:
             shape[0] = self.kept_out.numel()
@@ -155,6 +161,8 @@ class Plan:
         """Raise ValueError unless every planned weight of the model is the one that was planned."""
         modules = dict(model.named_modules())
         for entry in self.pruned:
+            if entry.follows is not None:
+                continue  # compared when it is cut
             weight = getattr(modules.get(entry.name), "weight", None)
             if not isinstance(weight, Tensor):
                 raise ValueError(
@@ -174,7 +182,8 @@ class Plan:
         """Prune the model in place, exactly as planned.
 
         Masked weights become +0.0 and their modules carry `kept_weights` (see pruning.masks);
-        channels are cut out of every tensor, and their modules carry `kept_in` and `kept_out`.
+        channels are cut out of every tensor, and their modules carry `kept_in` and `kept_out`
+        (`kept_parameters` where they are no layers, see pruning.shrink).
 
         Raises:
             ValueError: the model is not as it was planned, or channel surgery could not be proved;
@@ -182,7 +191,7 @@ class Plan:
         """
         self.check(model)
         if self.surgery is not None:
-            channels.apply_surgery(model, self.surgery)
+            apply_surgery(model, self.surgery)
             return
         modules = dict(model.named_modules())
         for entry in self.pruned:
@@ -238,7 +247,8 @@ def plan(
         repair: new values for kept weights after the mask, as ADMM() or LeastSquares().
         resume: a folder where a calibrated plan leaves its decisions group by group; called again
             with the same arguments it goes on from there.
-        ignore: names of layers or of their parents, or "re:" and a regex for the full name.
+        ignore: names of layers or of their parents, or "re:" and a regex for the full name; a
+            normalisation, or a parameter that is no layer's, so named keeps its channels.
         seed: of scores that draw random numbers.
         energy: name of the energy table in pruning.cost.ENERGY.
         latency: a table that layers are measured into; the plan then predicts microseconds, and a
@@ -291,7 +301,7 @@ def plan(
     else:
         parts = decide(request)
     entries = tuple(
-        _left_alone(layer)
+        _other(layer, surgery)
         if layer.refusal is not None
         else _entry(layer, parts[layer.name], pattern, cost, ENERGY[energy])
         for layer in layers
@@ -328,8 +338,21 @@ def contexts_of(
     return {n: Context(n, layer_seed(seed, n), gradients.get(n), norms.get(n)) for n in names}
 
 
-def _left_alone(layer: Layer) -> LayerPlan:
-    weight = next(p for p in layer.module.parameters(recurse=False) if p.ndim >= 2)
+def _other(layer: Layer, surgery: channels.Surgery | None) -> LayerPlan:
+    """A module that is not pruned: left alone, or its parameter follows the channels of layers."""
+    own = [(key, p) for key, p in layer.module.named_parameters(recurse=False) if p.ndim >= 2]
+    for (name, axis), kept in surgery.slices.items() if surgery else ():
+        for key, weight in own:
+            if name != f"{layer.name}.{key}".lstrip("."):
+                continue
+            shape = (*weight.shape[:axis], kept.numel(), *weight.shape[axis + 1 :])
+            share = _share(kept, weight.shape[axis])
+            return LayerPlan(
+                layer.name, layer.kind, tuple(weight.shape), weight.dtype, follows=shape,
+                kept=share, dense_bytes=weight.nbytes, pruned_bytes=round(weight.nbytes * share),
+                energy_pj=UNKNOWN, pruned_energy_pj=UNKNOWN,
+            )  # fmt: skip
+    weight = own[0][1]
     return LayerPlan(
         layer.name, layer.kind, tuple(weight.shape), weight.dtype, refusal=layer.refusal
     )

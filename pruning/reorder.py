@@ -6,8 +6,8 @@ What may change places:
     hidden channels           of a convolution or an MLP, at all their readers
     value channels            inside each attention head, with the columns of the output projection;
                               with grouped queries one order serves all query heads of a value head
-    the residual stream       one order for embeddings, norms and all layers that read or write it,
-                              where it does not reach the model's output
+    the residual stream       one order for embeddings, position parameters, norms and all layers
+                              that read or write it, where it does not reach the model's output
 
 A model that returns its residual stream (a sentence encoder) ties it to its output in every layer,
 by the residual adds. `reorder_outputs` frees it: the outputs then come in another order, and
@@ -37,6 +37,7 @@ from slimgemm.pruning.masks import masked_modules
 from slimgemm.pruning.order_flow import ORDER_RULES
 from slimgemm.pruning.patterns import NofM, rows_of
 from slimgemm.pruning.permutation import find_permutation, kept_magnitude
+from slimgemm.pruning.proof import difference, lively
 from slimgemm.pruning.scores import Context, Magnitude, Score
 from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.trace import trace
@@ -91,7 +92,7 @@ def permute(
     Args:
         model: dense, not pruned yet.
         example_inputs: as for `plan`; a proof runs them, with the tolerance of
-            `channels.TOLERANCE`. A cache that the model returns is an output (use_cache=False).
+            `proof.TOLERANCE`. A cache that the model returns is an output (use_cache=False).
         score: what 2:4 shall keep most of: Magnitude(p=1) (the default), or Wanda(), which also
             suits SparseGPT; of a weight, or of a weight and its inputs, and never negative.
         calibration: batches, each as example_inputs, for a score that looks at inputs.
@@ -107,7 +108,7 @@ def permute(
     if masked is not None:
         raise ValueError(f"{masked[0]} is pruned already; permute the dense model, then prune")
     layers = [layer for layer in find_layers(model, ignore) if layer.refusal is None]
-    coupling = trace(model, example_inputs, lambda name: None, ORDER_RULES, reorder_outputs)
+    coupling = trace(model, example_inputs, lambda *_: None, ORDER_RULES, reorder_outputs)
     reading = [layer for layer in layers if (f"{layer.name}.weight", 1) in coupling.axes]
     sizes = _sizes(model, reading, example_inputs, score or Magnitude(), calibration)
     label = _labels(coupling)
@@ -251,7 +252,7 @@ def _reorder(
 ) -> dict[tuple[int, int], Tensor]:
     """Put unit source[u] where unit u is, on every axis; orders that put outputs back."""
     tensors = {name: channels.tensor_named(model, name) for name, _ in coupling.axes}
-    inputs = channels.lively(example_inputs)
+    inputs = lively(example_inputs)
     with evaluating(model), torch.no_grad():
         want = [t.clone() for t in tensors_of(run(model, inputs))]
     back = {}
@@ -270,7 +271,7 @@ def _reorder(
             got = tensors_of(run(model, inputs))
         for (place, dim), order in back.items():
             got[place] = got[place].index_select(dim, order.to(got[place].device))
-        failure = channels.difference(got, want)
+        failure = difference(got, want)
     except (RuntimeError, ValueError, IndexError) as error:
         failure = f"its forward failed: {type(error).__name__}: {error}"
     if failure is not None:

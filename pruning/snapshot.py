@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from slimgemm.pruning.channels import Surgery, shrink
+from slimgemm.pruning.channels import Surgery
 from slimgemm.pruning.masks import load_masks, masks_state
+from slimgemm.pruning.shrink import shrink
 from slimgemm.pruning.space import Allocation
 
 Cut = Mapping[tuple[str, int], Tensor]

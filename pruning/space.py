@@ -30,6 +30,7 @@ from slimgemm.pruning.layers import Layer, check_finite, find_layers
 from slimgemm.pruning.masks import set_mask
 from slimgemm.pruning.patterns import Channels, NofM, Pattern
 from slimgemm.pruning.plan import contexts_of
+from slimgemm.pruning.proof import apply_surgery
 from slimgemm.pruning.scores import Magnitude, Score
 from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.trace import trace
@@ -232,14 +233,14 @@ class Space:
         """A pruned copy of the model, and what was cut.
 
         Raises:
-            ValueError: the cut cannot be proved (see pruning.channels).
+            ValueError: the cut cannot be proved (see pruning.proof).
         """
         model = copy.deepcopy(self.model)
         gone = self.gone(allocation.channels)
         surgery = None
         if gone:
             surgery = channels.cut(model, self.coupling, gone, self.example_inputs)
-            channels.apply_surgery(model, surgery)
+            apply_surgery(model, surgery)
         for name, pattern in self.nofm(allocation).items():
             scores = self.scores[name]
             for axis in (0, 1):
@@ -261,7 +262,7 @@ def scores_of(
 ) -> dict[str, Tensor]:
     """Layer name -> scores of its weights, shape of the weight."""
     if coupling is None and score.needs == "norm":
-        coupling = trace(model, example_inputs, lambda name: None)
+        coupling = trace(model, example_inputs, lambda *_: None)
     contexts = contexts_of(model, layers, score, coupling, calibration, seed)
     cost = count_macs(model, example_inputs)
     asked = (model, layers, Channels(), score, Uniform(), contexts, calibration, None, cost)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from slimgemm.pruning.coupling import Coupling, Rule, Tracer, Tracked
+from slimgemm.pruning.coupling import Coupling, Pinned, Rule, Tracer, Tracked
 from slimgemm.pruning.flow import follow
 from slimgemm.pruning.inputs import Inputs, arguments, evaluating
 
@@ -16,7 +16,7 @@ from slimgemm.pruning.inputs import Inputs, arguments, evaluating
 def trace(
     model: nn.Module,
     example_inputs: Inputs,
-    pinned: Callable[[str], str | None],
+    pinned: Pinned,
     rules: Mapping[str, Rule] | None = None,
     free_outputs: bool = False,
 ) -> Coupling:
@@ -25,7 +25,8 @@ def trace(
     Args:
         model: traced in evaluation mode with torch.export; it is left as it was.
         example_inputs: as for `plan`.
-        pinned: dotted name of a parameter or buffer -> why its channels must stay, or None.
+        pinned: (dotted name of a parameter or buffer, whether it is used as an activation and no
+            layer's weight) -> why its channels must stay, or None.
         rules: operation -> what it does to ids, where that is not what pruning.flow says.
         free_outputs: ids that reach the model's outputs along one dimension are listed instead
             of pinned.
@@ -43,9 +44,11 @@ def trace(
                 f"torch.export cannot trace {type(model).__name__}, so coupled channels are not "
                 f"known: {type(error).__name__}: {first[0]}; patterns inside a layer need no trace"
             ) from error
-    tracer = Tracer(pinned, rules or {})
+    tracer = Tracer(model, pinned, rules or {})
     signature = program.graph_signature
-    tracer.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = _first_names(model)
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tracer.names = {node: names[name] for node, name in inputs.items()}
     for node in program.graph.nodes:
         if node.op == "call_function":
             tracer.values[node] = follow(tracer, node)
@@ -53,6 +56,16 @@ def trace(
             _outputs(tracer, node, free_outputs)
     tracer.finish()
     return tracer.found
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> its first name, as `named_modules` gives it."""
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
 def _outputs(tracer: Tracer, node: Any, free: bool) -> None:

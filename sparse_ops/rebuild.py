@@ -1,7 +1,8 @@
 """rebuild: a dense model becomes the shrunk and swapped one that a checkpoint describes.
 
 A checkpoint says of each layer whose channels were cut which ones stayed ("shrunk"), and of each
-layer that was swapped by which class ("swapped"). A layer can be both: it is shrunk first.
+layer that was swapped by which class ("swapped"). A layer can be both: it is shrunk first. A module
+that is no layer (an embedding, the owner of a position parameter) names the axis of each parameter.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def shrunk_entries(model: nn.Module) -> Entries:
         # Not getattr: a module that gathers channels has properties of these names.
         kept = {key: module.__dict__.get(key) for key in ("kept_in", "kept_out")}
         kept = {key: index for key, index in kept.items() if isinstance(index, ChannelIndex)}
-        if not kept:
+        parameters = module.__dict__.get("kept_parameters") or {}
+        if not kept and not parameters:
             continue
         dense = cast(Any, module).to_dense() if type(module).__name__ in TWINS else module
         tensors = dict(dense.named_parameters(recurse=False))
@@ -68,6 +70,10 @@ def shrunk_entries(model: nn.Module) -> Entries:
         entries[name] = {
             "class": type(dense).__name__,
             **{key: {"width": i.width, "index": i.index.tolist()} for key, i in kept.items()},
+            "parameters": {
+                key: {"axis": axis, "width": i.width, "index": i.index.tolist()}
+                for key, (axis, i) in parameters.items()
+            },
             "attributes": {key: getattr(dense, key) for key in WIDTHS if hasattr(dense, key)},
             "shapes": {key: list(tensor.shape) for key, tensor in tensors.items()},
         }
@@ -116,6 +122,15 @@ def _check_shrunk(model: nn.Module, name: str, entry: dict[str, Any]) -> None:
                 f"width {width} on axis {axis}; load it into the model it was saved from"
             )
 
+    for key, cut in entry.get("parameters", {}).items():
+        parameter, axis = module._parameters.get(key), cut["axis"]
+        shape = [] if parameter is None else list(parameter.shape)
+        if shape[axis : axis + 1] != [cut["width"]]:
+            raise CheckpointError(
+                f"{name}.{key} is {shape} in the model, the checkpoint was cut from width "
+                f"{cut['width']} on axis {axis}; load it into the model it was saved from"
+            )
+
 
 def _shrink(module: nn.Module, name: str, entry: dict[str, Any]) -> None:
     """Give `module` the widths of the checkpoint; its tensors are loaded afterwards."""
@@ -125,8 +140,15 @@ def _shrink(module: nn.Module, name: str, entry: dict[str, Any]) -> None:
         if key in entry:
             index = torch.tensor(entry[key]["index"], dtype=torch.int64)
             setattr(module, key, channel_index(index, entry[key]["width"], f"{name}.{key}"))
+    if entry.get("parameters"):
+        module.kept_parameters = {  # type: ignore[assignment]
+            key: (cut["axis"], channel_index(cut["index"], cut["width"], f"{name}.{key}"))
+            for key, cut in entry["parameters"].items()
+        }
     for key, shape in entry["shapes"].items():
         parameter, buffer = module._parameters.get(key), module._buffers.get(key)
+        if all(t is None or list(t.shape) == shape for t in (parameter, buffer)):
+            continue  # a buffer that is not saved keeps its values
         if parameter is not None:
             empty = torch.empty(shape, dtype=parameter.dtype, device="meta")
             module._parameters[key] = nn.Parameter(empty, parameter.requires_grad)

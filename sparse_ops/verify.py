@@ -109,7 +109,7 @@ def _parameters(name: str, dense: nn.Module, reference: nn.Module, groups: int) 
         if key not in wanted:
             yield Check(name, what, False, f"the reference has no {key}")
             continue
-        other = _kept(wanted[key].detach(), value.shape, dense)
+        other = _kept(wanted[key].detach(), value.shape, dense, key)
         if other.shape != value.shape:
             yield Check(name, what, False, f"the reference has {list(other.shape)}")
             continue
@@ -118,10 +118,11 @@ def _parameters(name: str, dense: nn.Module, reference: nn.Module, groups: int) 
         yield Check(name, what, wrong == 0, detail, groups)
 
 
-def _kept(tensor: Tensor, shape: torch.Size, module: nn.Module) -> Tensor:
+def _kept(tensor: Tensor, shape: torch.Size, module: nn.Module, name: str) -> Tensor:
     """`tensor` at the kept channels of a shrunk module, or as it is."""
-    for axis, key in enumerate(("kept_out", "kept_in")):
-        index = getattr(module, key, None)
+    along = [(axis, getattr(module, key, None)) for axis, key in enumerate(("kept_out", "kept_in"))]
+    along += [getattr(module, "kept_parameters", {}).get(name, (0, None))]
+    for axis, index in along:
         if axis >= tensor.ndim or not isinstance(index, ChannelIndex):
             continue
         if tensor.shape[axis] == index.width and shape[axis] == index.kept:

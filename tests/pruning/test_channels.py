@@ -6,7 +6,7 @@ from torch import nn
 
 from slimgemm import pruning
 from slimgemm.kernels.formats import ChannelIndex
-from slimgemm.pruning.channels import difference, lively
+from slimgemm.pruning.proof import difference, lively
 
 WIDTHS = (64, 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 

@@ -18,6 +18,8 @@ class Image(nn.Module):
         torch.manual_seed(0)
         self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(2, 4, 1)
         self.line, self.scale = nn.Linear(4, 4), nn.Parameter(torch.randn(8, 1, 1))
+        self.register_buffer("shift", torch.randn(8, 1, 1))
+        self.plane = nn.Parameter(torch.randn(2, 4, 1, 1))
         self.operation = operation
 
     def forward(self, x):
@@ -34,7 +36,11 @@ IMAGE = {
     ),
     "pad": (lambda m, y: F.pad(y, (0, 0, 0, 0, 1, 1)), "a: pad.*pads its channels"),
     "mean of all": (lambda m, y: y + y.mean(), "a: mean.*reduces over its channels"),
-    "parameter": (lambda m, y: m.b(y * m.scale), "a: mul.*meets a tensor of fixed size"),
+    "buffer": (lambda m, y: m.b(y * m.shift), "a: mul.*meets a tensor of fixed size .shift is a"),
+    "parameter of two dimensions": (
+        lambda m, y: m.b((y.view(1, 2, 4, 4, 4) + m.plane).flatten(1, 2)),
+        "a: add.*meets a tensor of fixed size .its channels lie along several dimensions here",
+    ),
     "sum of products": (
         lambda m, y: y.flatten(2).mT @ y.flatten(2),
         "a: matmul.*sums over its channels",
@@ -53,6 +59,22 @@ def test_channels_of_an_image(case, normal):
         pruning.plan(Image(operation), normal(1, 3, 4, 4), **HALF)
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda m, y: y * m.scale,
+        lambda m, y: y * m.scale.flatten()[:, None, None],
+        lambda m, y: torch.cat([y, m.scale.expand(1, -1, 4, 1)], 3),
+    ],
+    ids=["product", "another shape", "joined"],
+)
+def test_a_parameter_follows_the_channels_that_it_meets(operation, normal):
+    model = Image(lambda m, y: m.b(operation(m, y)))
+    scale = model.scale.detach().clone()
+    pruning.plan(model, normal(1, 3, 4, 4), **HALF).apply(model)  # which proves the outputs
+    assert torch.equal(model.scale, scale[model.a.kept_out.index]) and len(model.scale) == 4
+
+
 def test_a_lone_channel_stays(normal):
     model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4), nn.Linear(4, 2))
     plan = pruning.plan(model, normal(2, 4), **HALF)
@@ -69,6 +91,7 @@ class Heads(nn.Module):
         self.q, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
         self.k, self.v = nn.Linear(6, 2 * pairs), nn.Linear(6, 2 * pairs)
         self.register_buffer("bias", torch.randn(4, 5, 5))
+        self.norm = nn.LayerNorm(2)
         self.operation = operation
 
     def forward(self, x):
@@ -103,8 +126,10 @@ def test_heads_of_fixed_number(case, normal):
         (attend(lambda m: m.bias[:1]), 4),
         (lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), 2),
         (lambda m, q, k, v: (q @ k.mT).softmax(-1) @ v, 4),
+        (lambda m, q, k, v: (q.softmax(-1) @ (k / k.abs().amax(-1, True)).mT) @ v, 4),
+        (lambda m, q, k, v: (m.norm(q) @ (k * k.mean(-1, True)).mT) @ v, 4),
     ],
-    ids=["one mask", "grouped", "products"],
+    ids=["one mask", "grouped", "products", "softmax in heads", "norms of heads"],
 )
 def test_heads_go_whole(operation, pairs, normal):
     model = Heads(operation, pairs)

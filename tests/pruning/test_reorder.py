@@ -8,6 +8,7 @@ from torch import nn
 from slimgemm import pruning
 from slimgemm.pruning import reorder
 from slimgemm.pruning.permutation import kept_magnitude
+from tests.pruning.norm_models import vit
 
 
 class Block(nn.Module):
@@ -255,3 +256,13 @@ def test_negative_scores_are_refused(mlp, normal):
 
     with pytest.raises(ValueError, match=r"0: .*Signed\(p=1\) is negative; permute needs scores"):
         pruning.permute(mlp, normal(2, 16), score=Signed())
+
+
+def test_the_stream_of_a_vision_transformer_with_its_parameters(normal):
+    model, x = vit(), normal(2, 3, 8, 8)
+    position, want = model.position.detach().clone(), model(x).detach()
+    found = pruning.permute(model, x, rounds=20)
+    assert {"blocks.0.qkv.0", "blocks.1.up", "head"} <= {*found.layers}
+    torch.testing.assert_close(model(x), want)
+    assert not torch.equal(model.position, position)
+    assert torch.equal(model.position.sort(-1).values, position.sort(-1).values)

@@ -4,6 +4,8 @@ Both answer the same question: which output channels go with channel i of a laye
 compared as sets of (layer, "out" or "in", channel) for every channel of every layer.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,9 @@ from torch import nn
 
 from slimgemm.pruning import channels
 from slimgemm.pruning.layers import find_layers
+from slimgemm.pruning.proof import apply_surgery
 from slimgemm.pruning.trace import trace
+from tests.pruning.norm_models import make
 
 tp = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 
@@ -99,9 +103,9 @@ class Grouped(nn.Module):
         return self.head(F.relu(self.mid(F.relu(self.stem(x)))))
 
 
-def prepared(make):
+def prepared(kind):
     torch.manual_seed(0)
-    model, x = make().eval(), torch.randn(1, 3, 8, 8)
+    model, x = kind().eval(), torch.randn(1, 3, 8, 8)
     return model, x
 
 
@@ -156,7 +160,7 @@ def columns_of(model, members):
     """A layer whose weight has no axis of inputs (batch norm, depthwise) has one side only."""
     narrow = {
         name for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))
         or (isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1)
     }  # fmt: skip
     return {(name, "out" if name in narrow else side, place) for name, side, place in members}
@@ -170,7 +174,7 @@ def columns_of(model, members):
         (Depthwise, {"stem", "dw", "out"}),
         (Excite, {"stem", "squeeze", "excite"}),
         (Flattened, {"a", "b"}),
-        (Feedforward, {"up"}),
+        (Feedforward, {"patches", "up", "down"}),
     ],
 )
 def test_groups_are_those_of_torch_pruning(make, layers):
@@ -190,6 +194,16 @@ def test_grouped_convolutions_lose_one_channel_of_each_group_here():
     assert theirs(model, x, [("mid", 0)])["mid", 0] == {("mid", "out", 0), ("head", "in", 0)}
 
 
+def test_grouped_norms_lose_one_channel_of_each_group_here():
+    """torch-pruning drops one channel, and the groups of the norm no longer divide its width."""
+    model, x = make("groups"), torch.randn(2, 3, 8, 8)
+    groups = ours(model, x)
+    sides = (("stem", "out"), ("norm", "out"), ("mid", "in"))
+    four = {(*side, channel) for side in sides for channel in (0, 4, 8, 12)}
+    assert groups["stem", 0] == groups["stem", 8] == four
+    assert theirs(model, x, [("stem", 0)])["stem", 0] == {m for m in four if m[2] == 0}
+
+
 def test_grouped_queries_go_as_whole_heads_here(attention):
     """torch-pruning needs the number of heads; without it a key's channel would go alone."""
     model, x = attention(), torch.randn(2, 5, 16)
@@ -200,11 +214,18 @@ def test_grouped_queries_go_as_whole_heads_here(attention):
     assert theirs(model, x, [("k", 0)])["k", 0] == {("k", "out", 0)}
 
 
-def test_channels_under_a_layer_norm_stay_here():
-    """torch-pruning cuts them; the norm then divides by other moments than the dense model's."""
+def test_channels_under_a_layer_norm_go_in_both_with_the_same_outputs():
+    """Both norms take their moments over the channels that stay."""
     model, x = prepared(Feedforward)
-    assert ("patches", 0) not in ours(model, x)
-    assert ("norm", "out", 0) in theirs(model, x, [("patches", 0)])["patches", 0]
+    nn.init.normal_(model.norm.weight), nn.init.normal_(model.norm.bias)
+    peer, gone = copy.deepcopy(model), [1, 4, 6]
+    graph = tp.DependencyGraph().build_dependency(peer, example_inputs=x)
+    graph.get_pruning_group(peer.patches, tp.prune_conv_out_channels, idxs=gone).prune()
+    coupling = trace(model, x, channels.pinned_by(model, find_layers(model), ()))
+    roots = coupling.sets.roots(coupling.axes["patches.weight", 0])[gone]
+    apply_surgery(model, channels.cut(model, coupling, sorted(roots.tolist()), x))
+    assert repr(model) == repr(peer) and model.norm.normalized_shape == (5,)
+    assert torch.equal(model(x), peer(x))
 
 
 def test_an_operation_that_mixes_channels_pins_them_here():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slimgemm import pruning, sparse_ops
+from tests.pruning.norm_models import lively
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -71,6 +72,94 @@ def test_heads_and_hidden_channels_shrink(tmp_path):
     sparse_ops.save(model, tmp_path / "narrow")
     again = sparse_ops.load(llama, tmp_path / "narrow").eval()
     assert torch.equal(logits(again), logits(model))
+
+
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=3,
+    )
+    return lively(transformers.BertForSequenceClassification(config))
+
+
+def untied(kind):
+    """A decoder whose head is not its embedding; qwen3 has norms inside its heads."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=False,
+    )
+    return lively(getattr(transformers, f"{kind}ForCausalLM")(config))
+
+
+def test_the_hidden_size_of_a_classifier_shrinks(tmp_path):
+    model, inputs = bert(), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    dense = copy.deepcopy(model)
+    pattern = pruning.Channels(multiple_of=4)
+    plan = pruning.plan(model, inputs, pattern=pattern, amount=pruning.Uniform(0.5))
+    assert plan["bert.embeddings.word_embeddings"].kept_shape == (32, 16)
+    assert not plan.refused and "stay: 5 (bert.embeddings.LayerNorm" in str(plan)
+    plan.apply(model)  # proves the outputs
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding):
+            assert module.embedding_dim == module.weight.shape[1] == 16, name
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.normalized_shape == (16,) and module.bias.shape == (16,), name
+    block = model.bert.encoder.layer[1]
+    assert block.intermediate.dense.weight.shape == (32, 16)
+    assert block.attention.output.dense.weight.shape == (16, 16)  # two of four heads
+    assert model.bert.pooler.dense.weight.shape == (16, 16)
+    assert model.classifier.weight.shape == (3, 16)
+    sparse_ops.save(model, tmp_path / "narrow")
+    again = sparse_ops.load(bert, tmp_path / "narrow").eval()
+    want = model(**inputs).logits.detach()
+    assert torch.equal(again(**inputs).logits, want)
+    assert sparse_ops.verify(again, dense).ok
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(3):
+        loss = model(**inputs, labels=torch.tensor([0, 2])).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = model(**inputs, labels=torch.tensor([0, 2])).loss
+    assert after < loss and not torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma", "Qwen3"])
+def test_norms_that_transformers_writes_by_hand(kind, tmp_path):
+    model = untied(kind)
+    pruning.plan(
+        model, INPUTS, pattern=pruning.Channels(multiple_of=4), amount=pruning.Uniform(0.5)
+    ).apply(model)  # proves the outputs
+    layer = model.model.layers[0]
+    assert model.model.norm.weight.shape == layer.input_layernorm.weight.shape == (16,)
+    assert layer.self_attn.q_proj.weight.shape == layer.self_attn.o_proj.weight.shape == (16, 16)
+    assert model.model.embed_tokens.weight.shape == model.lm_head.weight.shape == (32, 16)
+    sparse_ops.save(model, tmp_path / "narrow")
+    again = sparse_ops.load(lambda: untied(kind), tmp_path / "narrow").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_tied_embedding_pins_the_stream():
+    plan = pruning.plan(llama(), INPUTS, pattern=pruning.Channels(), amount=pruning.Uniform(0.5))
+    assert plan["model.embed_tokens"].refusal == "Embedding is neither a Linear nor a Conv2d"
+    norm = pruning.plan(
+        llama(), INPUTS, pattern=pruning.Channels(), amount=pruning.Uniform(0.5),
+        ignore=["model.norm"],
+    )  # fmt: skip
+    assert plan["model.layers.0.mlp.down_proj"].kept_shape == (32, 32)
+    assert norm["model.layers.0.mlp.down_proj"].kept_shape == (32, 32) and not norm.notes
 
 
 def test_every_layer_is_reached_by_a_permutation():

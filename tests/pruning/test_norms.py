@@ -1,0 +1,451 @@
+"""Channels under normalisations shrink: the norm takes its moments over those that stay."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimgemm import pruning, sparse_ops
+from slimgemm.pruning import proof, shrink
+from slimgemm.pruning.coupling import without
+from slimgemm.pruning.snapshot import Snapshot, compose, load_snapshot, save_snapshot
+from slimgemm.pruning.space import Allocation, Choices, Space
+from tests.pruning.norm_models import MODELS, Mlp, Rms, ViT, lively, make, vit
+from tests.pruning.test_space import check_prediction
+
+HALF = {"pattern": pruning.Channels(), "amount": pruning.Uniform(0.5)}
+# Modules of MODELS that carry the stream of 16 channels on axis 0 of their weights.
+STREAM = ("stem", "mid", "down", "patches", "depthwise", "o")
+
+
+def halved(name, normal, **options):
+    """(smaller model, dense model, inputs, plan)."""
+    dense, x = make(name), normal(*MODELS[name][1])
+    model = copy.deepcopy(dense)
+    plan = pruning.plan(model, x, **{**HALF, **options})
+    plan.apply(model)
+    return model, dense, x, plan
+
+
+class OverKept(nn.Module):
+    """A norm of the dense model in float64 that sees kept channels alone, written out here."""
+
+    def __init__(self, norm, kept):
+        super().__init__()
+        self.norm, self.kept = norm, kept
+
+    def forward(self, x):
+        dim = -1 if isinstance(self.norm, Rms) or x.ndim < 4 else 1
+        if type(self.norm) is nn.LayerNorm:
+            dim = -1
+        part = x.index_select(dim, self.kept).movedim(dim, -1)
+        groups = getattr(self.norm, "num_groups", 1)
+        shape = part.shape
+        part = part.unflatten(-1, (groups, -1))
+        within = (-1,) if dim == -1 or isinstance(self.norm, nn.LayerNorm) else (1, 2, -1)
+        if not isinstance(self.norm, (Rms, nn.RMSNorm)):
+            part = part - part.mean(within, keepdim=True)
+        eps = self.norm.eps or torch.finfo(torch.float32).eps
+        part = (part / (part.square().mean(within, keepdim=True) + eps).sqrt()).reshape(shape)
+        if getattr(self.norm, "weight", None) is not None:
+            part = part * (getattr(self.norm, "offset", 0.0) + self.norm.weight[self.kept])
+        if getattr(self.norm, "bias", None) is not None:
+            part = part + self.norm.bias[self.kept]
+        return torch.zeros_like(x).index_copy(dim, self.kept, part.movedim(-1, dim))
+
+
+def oracle(dense, surgery):
+    """The dense model in float64: zeros in its readers, norms over what is kept."""
+    model = copy.deepcopy(dense).double()
+    for name, columns in surgery.readers.items():
+        model.get_parameter(name).data[:, columns] = 0
+    for name, module in dict(model.named_modules()).items():
+        if name in surgery.norms:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, OverKept(module, surgery.norms[name]))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stream_shrinks_and_the_norm_sees_what_stays(name, normal, tmp_path):
+    model, dense, x, plan = halved(name, normal)
+    surgery = plan.surgery
+    # with moments over all channels the outputs are others, but where each channel has its own
+    own = name in ("a group each", "instance", "instance without a scale")
+    assert own == (not surgery.norms)
+    assert all(kept.numel() == 8 for kept in surgery.norms.values())
+    widths = [m.weight.shape[0] for n, m in model.named_modules() if n.split(".")[-1] in STREAM]
+    assert widths and set(widths) == {8}
+    want = oracle(dense, surgery)(x.double())
+    assert (model(x).double() - want).abs().max() <= 1e-5 * want.abs().max()
+    others = oracle(dense, replace(surgery, norms={}))(x.double())
+    assert ((model(x).double() - others).abs().max() <= 1e-5 * want.abs().max()) == own
+    for norm in surgery.norms:
+        assert "forward" not in model.get_submodule(norm).__dict__
+    with warnings.catch_warnings(action="error"):  # InstanceNorm warns of another width
+        model(x)
+    # saved, and loaded into the user's own code
+    sparse_ops.save(model, tmp_path / "out")
+    again = sparse_ops.load(lambda: MODELS[name][0](), tmp_path / "out").eval()
+    assert torch.equal(again(x), model(x)) and repr(again) == repr(model)
+    assert sparse_ops.verify(again, dense).ok
+
+
+def test_attributes_say_the_new_widths(normal):
+    layer = halved("layer norm", normal)[0].norm
+    assert layer.normalized_shape == (8,) and layer.kept_out.kept == 8
+    assert halved("rms norm", normal)[0].norm.normalized_shape == (8,)
+    groups = halved("groups", normal)[0].norm
+    assert (groups.num_groups, groups.num_channels) == (4, 8)
+    by_group = groups.kept_out.index.view(4, 2) - 4 * torch.arange(4)[:, None]
+    assert bool((by_group == by_group[0]).all())  # channel j goes in every group
+    each = halved("a group each", normal)[0].norm
+    assert (each.num_groups, each.num_channels) == (8, 8)
+    assert halved("instance", normal)[0].norm.num_features == 8
+    kept = halved("rms norm by hand", normal)[0].norm.kept_parameters
+    assert kept["weight"][0] == 0 and kept["weight"][1].kept == 8
+
+
+def test_the_plan_says_that_moments_change(normal):
+    *_, plan = halved("ViT", normal)
+    note = next(note for note in plan.notes if "moments" in note)
+    names = "blocks.0.norm1, blocks.0.norm2, blocks.1.norm1 ..."
+    assert note.startswith("Normalisations that will take their moments over the channels that st")
+    assert f"stay: 5 ({names}). The smaller model is not the dense one with zeros: fine-" in note
+    assert note in str(plan)
+    *_, plan = halved("layer norm", normal)
+    assert "stay: 1 (norm). The" in plan.notes[0]
+    assert not halved("instance", normal)[3].notes
+
+
+def test_a_vision_transformer(normal, tmp_path):
+    model, dense, x, plan = halved("ViT", normal)
+    assert model.token.shape == (1, 1, 8) and model.position.shape == (1, 5, 8)
+    kept = model.patches.kept_out.index
+    assert torch.equal(model.token, dense.token[..., kept])
+    assert torch.equal(model.position, dense.position[..., kept])
+    assert {key: (axis, i.kept) for key, (axis, i) in model.kept_parameters.items()} == {
+        "token": (2, 8),
+        "position": (2, 8),
+    }
+    for block in model.blocks:
+        assert block.qkv[0].weight.shape == (8, 8) and block.o.weight.shape == (8, 8)
+        assert block.up.weight.shape == (16, 8) and block.down.weight.shape == (8, 16)
+    assert model.head.weight.shape == (3, 8)
+    entry = plan[""]
+    assert (entry.shape, entry.kept_shape, entry.refusal) == ((1, 1, 16), (1, 1, 8), None)
+    before = model(x).detach()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    optimizer.step()
+    assert not torch.equal(model(x), before)
+    sparse_ops.save(model, tmp_path / "out")
+    again = sparse_ops.load(ViT, tmp_path / "out").eval()
+    assert torch.equal(again(x), model(x)) and not torch.equal(again(x), before)
+    with pytest.raises(ValueError, match=r"\.token is \[1, 1, 12\] in the model.*axis 2"):
+        sparse_ops.load(lambda: _token_of_another_width(), tmp_path / "out")
+
+
+def _token_of_another_width():
+    model = ViT()
+    model.token = nn.Parameter(torch.zeros(1, 1, 12))
+    return model
+
+
+def planted(normal, fault):
+    """The message with which a model refuses a surgery that `fault` changed; it must be as before.
+
+    The fault takes the surgery of the ViT and returns another one.
+    """
+    model, x = vit(), normal(2, 3, 8, 8)
+    plan = pruning.plan(model, x, **HALF)
+    before, text = copy.deepcopy(model.state_dict()), repr(model)
+    with pytest.raises(ValueError, match="could not be cut") as caught:
+        replace(plan, surgery=fault(plan.surgery)).apply(model)
+    assert repr(model) == text
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    for module in model.modules():
+        assert not {"forward", *shrink.CARRIED} & module.__dict__.keys()
+    return str(caught.value)
+
+
+def moved(kept):
+    """As many positions, others: all that were dropped."""
+    return torch.tensor([i for i in range(16) if i not in kept.tolist()])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        ("blocks.0.norm1.weight", 0),
+        ("blocks.0.norm1.bias", 0),
+        ("blocks.1.norm2.weight", 0),  # of the RMS kind
+        ("norm.weight", 0),
+        ("position", 2),
+        ("token", 2),
+        ("patches.weight", 0),
+        ("blocks.0.o.bias", 0),
+    ],
+)
+def test_channels_of_one_tensor_at_the_wrong_place_are_refused(key, normal):
+    def fault(surgery):
+        return replace(surgery, slices={**surgery.slices, key: moved(surgery.slices[key])})
+
+    assert "output 0 differs by" in planted(normal, fault)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.norm1", "blocks.1.norm1", "norm"])
+def test_moments_over_other_channels_are_refused(name, normal):
+    def elsewhere(surgery):
+        return replace(surgery, norms={**surgery.norms, name: moved(surgery.norms[name])})
+
+    def everywhere(surgery):
+        norms = {key: kept for key, kept in surgery.norms.items() if key != name}
+        return replace(surgery, norms=norms)
+
+    assert "output 0 differs by" in planted(normal, elsewhere)
+    assert "output 0 differs by" in planted(normal, everywhere)
+
+
+def test_a_norm_whose_width_is_not_rewritten_is_refused(normal, monkeypatch):
+    rewrite = shrink._rewrite
+
+    def partly(module, *kept):
+        return None if isinstance(module, nn.LayerNorm) else rewrite(module, *kept)
+
+    monkeypatch.setattr(shrink, "_rewrite", partly)
+    assert "its forward failed: RuntimeError" in planted(normal, lambda surgery: surgery)
+
+
+def test_widths_in_the_code_around_a_norm_are_found(normal):
+    class Scaled(Mlp):
+        def forward(self, x):
+            return super().forward(x) / self.norm.weight.numel()
+
+    torch.manual_seed(0)
+    model = lively(Scaled(nn.LayerNorm(16)))
+    plan = pruning.plan(model, normal(4, 6), **HALF)
+    with pytest.raises(ValueError, match=r"output 0 differs by .*The model is unchanged"):
+        plan.apply(model)
+    assert model.norm.normalized_shape == (16,)
+
+
+def test_a_model_that_fails_while_it_is_proved_keeps_its_norms(normal):
+    model = make("layer norm")
+    plan = pruning.plan(model, normal(4, 6), **HALF)
+    model.head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plan.apply(model)
+    assert "forward" not in model.norm.__dict__ and model.norm.normalized_shape == (16,)
+    model.head._forward_hooks.clear()
+    model.norm.forward = forward = model.norm.forward  # as accelerate's hooks do
+    with proof._moments_over(model, {"norm": torch.arange(8)}):
+        assert model.norm.__dict__["forward"] is not forward
+    assert model.norm.__dict__["forward"] is forward
+
+
+@pytest.mark.parametrize(
+    "name, rule, reason",
+    [
+        ("layer norm", "norm", "norm is ignored"),
+        ("without a scale", "norm", "norm is ignored"),
+        ("rms norm by hand", "norm", "norm is ignored"),
+        ("groups", "norm", "norm is ignored"),
+        ("instance", "norm", "norm is ignored"),
+        ("ViT", "position", "meets a tensor of fixed size (position is ignored)"),
+        ("ViT", "re:.*norm2", "blocks.0.norm2 is ignored"),
+    ],
+)
+def test_what_is_ignored_pins_the_stream(name, rule, reason, normal):
+    dense, x = make(name), normal(*MODELS[name][1])
+    plan = pruning.plan(dense, x, **HALF, ignore=[rule])
+    stem = next(n for n in ("stem", "patches") if hasattr(dense, n))
+    assert reason in plan[stem].refusal and not plan.notes
+    assert not plan.surgery.norms and plan.pruned
+
+
+def test_names_that_ignore_does_not_know_are_refused(normal):
+    for rule in ("nomr", "gelu", "position.weight"):
+        with pytest.raises(ValueError, match=f"ignore has '{rule}', which covers no layer"):
+            pruning.plan(vit(), normal(2, 3, 8, 8), **HALF, ignore=[rule])
+
+
+class Odd(nn.Module):
+    """A norm in a form that is not one of the known modules."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(6, 8), nn.Linear(8, 2), way
+        self.weight, self.norm = nn.Parameter(torch.ones(8)), nn.LayerNorm(8)
+        self.register_buffer("place", torch.randn(4, 8))
+
+    def forward(self, x):
+        return self.b(self.way(self, self.a(x)))
+
+
+def by_hand(self, x):
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+ODD = {
+    "a literal": (lambda m, x: F.layer_norm(x, (8,)), "layer_norm.*normalises over its channels"),
+    "another's scale": (
+        lambda m, x: F.layer_norm(x, (8,), m.norm.weight),
+        "layer_norm.*normalises over its channels",
+    ),
+    "a group norm": (lambda m, x: F.group_norm(x, 2), "group_norm.*normalises over its channels"),
+    "no module of its own": (by_hand, "mean.*reduces over its channels"),
+    "a mean": (lambda m, x: x - x.mean(-1, keepdim=True), "mean.*reduces over its channels"),
+    "a buffer": (lambda m, x: x + m.place, "add.*fixed size .place is a buffer, only par"),
+    "a joined constant": (
+        lambda m, x: torch.cat([x, m.place], 0),
+        "cat.*meets a tensor of fixed size .place is a buffer",
+    ),
+    "a weight added": (
+        lambda m, x: x + m.b.weight[:1],
+        "b.weight is used as a weight and as an activation",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_other_forms_are_refused_by_name(case, normal):
+    way, match = ODD[case]
+    with pytest.raises(ValueError, match=match):
+        pruning.plan(Odd(way), normal(4, 6), **HALF)
+
+
+class Almost(Rms):
+    """Like Rms, but in one thing."""
+
+    def __init__(self, way):
+        super().__init__(16)
+        self.way = way
+
+    def forward(self, x):
+        return self.weight * self.way(x)
+
+
+ALMOST = {
+    "cubes": lambda x: x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True) + 1e-6),
+    "another product": lambda x: x.abs() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "read twice": lambda x: (lambda v: x * torch.rsqrt(v + 1e-6) + v)(x.pow(2).mean(-1, True)),
+    "of everything": lambda x: x * torch.rsqrt(x.pow(2).mean() + 1e-6),
+    "a sum": lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6),
+}
+
+
+@pytest.mark.parametrize("case", ALMOST)
+def test_what_is_almost_an_rms_norm_is_none(case, normal):
+    model = Mlp(Almost(ALMOST[case]))
+    plan = pruning.plan(model, normal(4, 6), **HALF)
+    assert "reduces over its channels" in plan["stem"].refusal
+    assert plan["down"].kept_shape == (16, 12)
+
+
+def test_a_shared_parameter_stays(normal):
+    model = vit()
+    model.other = nn.Module()
+    model.other.position = model.position
+    plan = pruning.plan(model, normal(2, 3, 8, 8), **HALF)
+    assert "position is shared with other.position; untie it" in plan["patches"].refusal
+
+
+def test_a_parameter_that_is_a_weight_too_stays(normal):
+    class Both(Mlp):
+        def forward(self, x):
+            x = self.stem(x) + self.table[:4]
+            return self.head(F.linear(x, self.table))
+
+        def __init__(self):
+            super().__init__(nn.Identity())
+            self.table = nn.Parameter(torch.randn(16, 16))
+
+    with pytest.raises(ValueError, match="stem: table is used as a weight and as an activation"):
+        pruning.plan(Both(), normal(4, 6), **HALF)
+
+
+def test_a_second_cut_maps_to_the_first_axis(normal, tmp_path):
+    model, dense, x, _ = halved("ViT", normal)
+    first = model.position.detach().clone()
+    pruning.plan(model, x, **HALF).apply(model)
+    axis, kept = model.kept_parameters["position"]
+    assert (axis, kept.width, kept.kept) == (2, 16, 4) and first.shape == (1, 5, 8)
+    assert torch.equal(model.position, dense.position[..., kept.index])
+    assert torch.equal(model.norm.weight, dense.norm.weight[model.norm.kept_out.index])
+    assert model.norm.kept_out.width == 16 and model.norm.normalized_shape == (4,)
+    sparse_ops.save(model, tmp_path / "out")
+    again = sparse_ops.load(ViT, tmp_path / "out").eval()
+    assert torch.equal(again(x), model(x)) and sparse_ops.verify(again, dense).ok
+
+
+def test_widths_are_rounded_and_have_a_floor(normal):
+    options = {"amount": pruning.Uniform(0.7)}
+    model, *_ = halved("ViT", normal, pattern=pruning.Channels(multiple_of=8), **options)
+    assert model.norm.normalized_shape == (8,) and model.token.shape == (1, 1, 8)
+    model, *_ = halved("ViT", normal, pattern=pruning.Channels(floor=11), **options)
+    assert model.norm.normalized_shape == (11,) and model.position.shape == (1, 5, 11)
+    model, *_ = halved("groups", normal, pattern=pruning.Channels(multiple_of=3), **options)
+    assert model.norm.num_channels == 12  # 3 of each of the 4 groups
+
+
+def test_masks_are_cut_and_kept_in_training(normal):
+    model, x = vit(), normal(2, 3, 8, 8)
+    pruning.plan(model, x, pattern=pruning.NofM(2, 4), ignore=["patches"]).apply(model)
+    pruning.plan(model, x, **HALF).apply(model)
+    layer = model.blocks[0].up
+    mask = pruning.mask_of(layer)
+    assert mask.shape == layer.weight.shape == (16, 8) and not bool(mask.all())
+    optimizer = pruning.keep_masks(torch.optim.AdamW(model.parameters(), 0.1), model)
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    assert torch.equal(layer.weight != 0, mask)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predicted_costs_are_those_of_the_cut_model(name, normal):
+    space = Space(make(name), normal(*MODELS[name][1]), Choices())
+    for share in (0.25, 0.5):
+        model = check_prediction(space, space.uniform(share))
+    derived = Space(model, space.example_inputs, Choices(), coupling=_after(space, 0.5))
+    traced = Space(model, space.example_inputs, Choices())
+    assert derived.options == traced.options
+    for group, options in traced.options.items():
+        one = Allocation({group: options[-1]})
+        assert derived.costs(one) == traced.costs(one)
+        smaller = derived.apply(one)[0]  # which proves it
+        assert repr(smaller) == repr(traced.apply(one)[0])
+
+
+def _after(space, share):
+    _, surgery = space.apply(space.uniform(share))
+    return without(space.coupling, surgery.slices)
+
+
+def test_two_cuts_are_one_in_a_snapshot(normal, tmp_path):
+    dense, x = vit(), normal(2, 3, 8, 8)
+    space = Space(dense, x, Choices())
+    model, first = space.apply(space.uniform(0.25))
+    again = Space(model, x, Choices())
+    model, second = again.apply(again.uniform(0.5))
+    save_snapshot(
+        tmp_path / "s.safetensors", Snapshot(model, compose(first, second), Allocation(), 0.0)
+    )
+    loaded = load_snapshot(tmp_path / "s.safetensors", dense).model.eval()
+    assert torch.equal(loaded(x), model(x)) and repr(loaded) == repr(model)
+    kept = (m.kept_parameters["token"][1].index.tolist() for m in (loaded, model))
+    assert next(kept) == next(kept)
+
+
+def test_the_plan_predicts_the_macs_of_the_cut_stream(normal):
+    model, x = vit(), normal(2, 3, 8, 8)
+    plan = pruning.plan(model, x, **HALF)
+    before = pruning.count_macs(model, x).macs
+    plan.apply(model)
+    after = pruning.count_macs(model, x).macs
+    assert after == sum(entry.pruned_macs for entry in plan.pruned) < 0.3 * before
