@@ -175,7 +175,10 @@ def _advice(sites: Mapping[str, Site], multiples: Mapping[str, int]) -> str:
     whose = "its" if len(flat) == 1 else "the"
     said = [f"Cutting {', '.join(flat)} saves no time here, up to {whose} whole width."]
     said *= bool(flat)
-    if some:
+    if some and min(some) == 1:
+        named = ", ".join(name for name, multiple in multiples.items() if multiple == 1)
+        said.append(f"Rounding the width of {named} up costs time: slimgemm prune --multiple-of 1.")
+    elif some:
         who = "all others" if flat else "all"
         said.append(f"Rounding up is free to {who} with slimgemm prune --multiple-of {min(some)}.")
     return " ".join(said)

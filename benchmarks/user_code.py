@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import re
 import sys
 import sysconfig
 import traceback
@@ -21,6 +22,7 @@ from typing import Any
 
 from slimgemm.pruning.journal import TRYING
 
+FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')  # of a traceback in words
 RAISED = "raised by "  # how a note on an exception begins that says whose it is
 TRACEBACK = "traceback.txt"  # in the folder of a search or scan
 
@@ -46,8 +48,16 @@ def users_code(what: str) -> Iterator[None]:
 
 
 def _raised(what: str, error: Exception) -> str:
-    first = next(iter(str(error).splitlines()), "")
-    return f"{what} raised {type(error).__name__}" + f": {first}" * bool(first)
+    lines = str(error).splitlines()
+    if _of_worker(error):  # the error itself comes last
+        return f"{what} raised {lines[-1]}"
+    return f"{what} raised {type(error).__name__}" + f": {lines[0]}" * bool(lines)
+
+
+def _of_worker(error: Exception) -> bool:
+    """Whether it was raised in a worker of a DataLoader, whose traceback is in the message."""
+    lines = str(error).splitlines()
+    return len(lines) > 2 and "worker process" in lines[0] and "Original Traceback" in lines[1]
 
 
 def _show(error: Exception) -> None:
@@ -80,14 +90,17 @@ def _frames(trace: TracebackType | None) -> list[tuple[FrameType, int]]:
 
 def _place(error: Exception) -> str:
     """The user's innermost function, its file and its line; empty where there is none."""
-    found = [(f, line) for f, line in _frames(error.__traceback__) if _is_users(f, False)]
+    frames = [(f, line) for f, line in _frames(error.__traceback__) if _is_users(f, False)]
+    found = [(f.f_code.co_filename, str(line), f.f_code.co_qualname) for f, line in frames]
+    if _of_worker(error):
+        found = FRAME.findall(str(error))
     if not found:
         return ""
-    frame, line = found[-1]
-    file = Path(frame.f_code.co_filename)
+    name, line, function = found[-1]
+    file = Path(name)
     if file.is_relative_to(Path.cwd()):
         file = file.relative_to(Path.cwd())
-    return f" in {frame.f_code.co_qualname} ({file}, line {line})"
+    return f" in {function} ({file}, line {line})"
 
 
 def _note(error: Exception, beginning: str) -> str:

@@ -104,6 +104,9 @@ class Rows(torch.utils.data.Dataset):
 def failing_data():
     return DataLoader(Rows(), 32), make_data()[1]
 
+def data_of_workers():
+    return DataLoader(Rows(), 32, num_workers=1), make_data()[1]
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -364,6 +364,23 @@ def test_the_loader_and_the_forward_are_named_too(cli, tmp_path):
     assert not (tmp_path / "net/search/traceback.txt").exists()
 
 
+def test_an_error_in_a_worker_of_a_loader_is_found_in_its_message(cli, tmp_path):
+    (tmp_path / "bad row").touch()
+    done = cli("prune", "USER:make_model", "USER:data_of_workers", "--max-macs", "60000", *SHORT)
+    line = done.output.splitlines()[-1]
+    assert line == "error: the training loader raised ValueError: row 0 is bad"
+    (tmp_path / "bad row").unlink()
+    # a worker begins to count anew; the second batch is first asked for in the search
+    said = stopped(cli, "row", 40, "USER:make_model", "USER:data_of_workers")
+    assert re.match(
+        cli.named(
+            r"error: the training loader of USER:data_of_workers raised KeyError: 'row' in fails "
+            r"\(USER.py, line \d+\), while trying 'step 0 uncut'; "
+        ),
+        said[-1],
+    ), said[-1]
+
+
 def test_a_value_error_of_the_user_is_not_taken_for_a_refusal(cli, tmp_path):
     (tmp_path / "bad row").touch()
     done = cli("prune", "USER:make_model", "USER:failing_data", *SHORT, "--max-macs", "60000")

@@ -133,6 +133,8 @@ def stairs(tmp_path, steps):
         ({"0": 8, "2": 16}, "Rounding up is free to all with slimgemm prune --multiple-of 8."),
         ({"0": 64, "2": 4}, "Cutting 0 saves no time here, up to its whole width. Rounding up is "
          "free to all others with slimgemm prune --multiple-of 4."),
+        ({"0": 8, "2": 1}, "Rounding the width of 2 up costs time: slimgemm prune --multiple-of "
+         "1."),
         ({"0": 64, "2": 32}, "Cutting 2, 0 saves no time here, up to the whole width."),
     ],
 )  # fmt: skip
