@@ -142,7 +142,9 @@ def cut(
         kept = stays(use.inputs) if (use.inputs != FIXED).all() else None
         if kept is None:
             continue
-        kept_in[use.weight.rpartition(".")[0]] = kept
+        owner = use.weight.rpartition(".")[0]
+        if isinstance(model.get_submodule(owner), WIDE):
+            kept_in[owner] = kept
         columns = coupling.axes.get((use.weight, 1))
         if not use.depthwise and columns is not None:
             dropped = np.flatnonzero(np.isin(sets.roots(columns), gone))

@@ -199,6 +199,7 @@ class Tracer:
         self.rules = rules
         self._pinned = pinned
         self._weights: set[str] = set()  # parameters that a layer reads as its weight
+        self._tables: set[str] = set()  # parameters whose rows are looked up
         self._alone: dict[str, int] = {}  # parameters used as an activation -> their axis
         self._fixed: dict[str, str] = {}  # those of them that have to stay -> why
 
@@ -218,10 +219,19 @@ class Tracer:
         ids, reason = self._ids(node, axis), self._pinned(name, False)
         if reason is not None:
             self.sets.pin(ids, reason)
+        if axis == 0 and name in self._tables:
+            self.sets.pin(ids, "its rows are looked up")
         self._weights.add(name)
         if name in self._alone and node.meta["val"].ndim > 1:
             self.pin_parameter(node, f"{name} is used as a weight and as an activation")
         return ids
+
+    def table(self, node: Any) -> Ids:
+        """Ids of the channels of a table [rows, channels]; the rows themselves stay."""
+        self._tables.add(self.names[node.name])
+        if (self.names[node.name], 0) in self.found.axes:
+            self.axis(node, 0)
+        return self.axis(node, 1)
 
     def alone(self, node: Any, axis: int) -> Tracked | None:
         """A parameter as an activation with channels along one axis; None if it has to stay."""
@@ -310,7 +320,9 @@ class Tracer:
         return ids.reshape(spread).expand(shape).contiguous()
 
     def compress(self, full: Tensor) -> Tracked | None:
-        """Only the dimensions along which ids vary; a lone id is pinned."""
+        """Only the dimensions along which ids vary; a lone id is pinned, no id (empty) is None."""
+        if not full.numel():
+            return None
         dims = []
         for dim in range(full.ndim):
             first = full.narrow(dim, 0, 1)

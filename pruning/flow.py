@@ -106,12 +106,12 @@ def _convolution(tracer: Tracer, node: Any) -> Tracked | None:
     return _made(tracer, dim, out)
 
 
-def embedding(tracer: Tracer, node: Any) -> Tracked | None:
+def _embedding(tracer: Tracer, node: Any) -> Tracked | None:
     """Rows of a table: its last axis makes channels, in any order."""
     weight = node.args[0]
     if tracer.parameter(weight) is None:
         return nodes.unknown(tracer, node)
-    return _made(tracer, len(nodes.shape(node)) - 1, tracer.axis(weight, 1))
+    return _made(tracer, len(nodes.shape(node)) - 1, tracer.table(weight))
 
 
 def _elementwise(tracer: Tracer, node: Any) -> Tracked | None:
@@ -207,7 +207,7 @@ def _move(tracer: Tracer, node: Any) -> Any:
 
 def _join(tracer: Tracer, node: Any) -> Any:
     """Concatenation along another dimension than that of the channels: what is joined is united."""
-    tensors = [s for s in node.args[0] if nodes.shape(s) != (0,)]
+    tensors = [s for s in node.args[0] if 0 not in nodes.shape(s)]
     dim = nodes.argument(node, 1, "dim", 0) % len(nodes.shape(node))
     values = [tracer.value(s) for s in tensors]
     known = [value for value in values if isinstance(value, Tracked)]
@@ -245,6 +245,6 @@ RULES: dict[str, Rule] = {
     **NORM_RULES,
     **HEAD_RULES,
     "linear": _linear,
-    "embedding": embedding,
+    "embedding": _embedding,
     "_assert_tensor_metadata": lambda tracer, node: None,  # it has no result
 }

@@ -128,8 +128,9 @@ def test_heads_of_fixed_number(case, normal):
         (lambda m, q, k, v: (q @ k.mT).softmax(-1) @ v, 4),
         (lambda m, q, k, v: (q.softmax(-1) @ (k / k.abs().amax(-1, True)).mT) @ v, 4),
         (lambda m, q, k, v: (m.norm(q) @ (k * k.mean(-1, True)).mT) @ v, 4),
+        (lambda m, q, k, v: torch.cat([q[..., :2] @ k.mT, q[..., 2:]], -1) @ v, 4),
     ],
-    ids=["one mask", "grouped", "products", "softmax in heads", "norms of heads"],
+    ids=["one mask", "grouped", "products", "softmax in heads", "norms of heads", "an empty slice"],
 )
 def test_heads_go_whole(operation, pairs, normal):
     model = Heads(operation, pairs)

@@ -370,6 +370,56 @@ def test_a_parameter_that_is_a_weight_too_stays(normal):
         pruning.plan(Both(), normal(4, 6), **HALF)
 
 
+def test_a_table_that_is_read_as_a_weight_too(normal):
+    class Read(nn.Module):
+        """The scores of 7 words, as a decoder without a head of its own takes them."""
+
+        def __init__(self):
+            super().__init__()
+            self.words, self.norm = nn.Embedding(7, 16), nn.LayerNorm(16)
+            self.up, self.down, self.out = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(7, 3)
+
+        def forward(self, ids):
+            x = self.words(ids[:, 1:])
+            x = self.norm(x + self.down(F.gelu(self.up(x))))
+            return self.out(F.linear(x, self.words.weight).relu())
+
+    torch.manual_seed(0)
+    model = lively(Read())
+    pruning.plan(model, torch.tensor([[1, 5, 2], [0, 6, 3]]), **HALF).apply(model)
+    assert model.words.weight.shape == (7, 8) and model.words.embedding_dim == 8
+    assert model.out.in_features == 7 and model.down.out_features == 8
+    assert "kept_in" not in model.words.__dict__
+
+
+def test_least_squares_repairs_what_reads_the_stream(normal):
+    dense, batches = make("layer norm"), [normal(64, 6, seed=seed) for seed in range(4)]
+    errors = []
+    for repair in (None, pruning.LeastSquares()):
+        model = copy.deepcopy(dense)
+        options = {
+            **HALF,
+            "repair": repair,
+            "calibration": batches,
+            "amount": pruning.Uniform(0.25),
+        }
+        pruning.plan(model, batches[0], **options).apply(model)  # which proves the outputs
+        assert model.norm.normalized_shape == (12,)
+        with torch.no_grad():
+            errors.append(float((model(batches[1]) - dense(batches[1])).square().mean()))
+    assert errors[1] < errors[0]
+
+
+def test_packed_attention_pins_its_stream_alone(normal):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model = lively(nn.Sequential(nn.Linear(6, 16), layer, nn.Linear(16, 3)))
+    plan = pruning.plan(model, normal(2, 5, 6), **HALF)
+    plan.apply(model)
+    assert layer.linear1.weight.shape == (12, 16) and layer.norm1.normalized_shape == (16,)
+    assert "MultiheadAttention" in plan["0"].refusal and not plan.notes
+
+
 def test_a_second_cut_maps_to_the_first_axis(normal, tmp_path):
     model, dense, x, _ = halved("ViT", normal)
     first = model.position.detach().clone()
