@@ -320,7 +320,7 @@ class Tracer:
         return ids.reshape(spread).expand(shape).contiguous()
 
     def compress(self, full: Tensor) -> Tracked | None:
-        """Only the dimensions along which ids vary; a lone id is pinned, no id (empty) is None."""
+        """Only the dimensions along which ids vary; a lone id is pinned."""
         if not full.numel():
             return None
         dims = []

@@ -198,6 +198,8 @@ def _move(tracer: Tracer, node: Any) -> Any:
     args = [ids(a) for a in node.args]
     result = node.target(*args, **{k: ids(v) for k, v in node.kwargs.items()})
     results = list(result) if isinstance(result, (list, tuple)) else [result]
+    if not any(r.numel() for r in results):
+        return None  # what a rotary embedding of whole heads leaves as it is
     before = np.concatenate([np.unique(tracer.full(s).numpy()) for s in tensors])
     after = np.concatenate([np.unique(r.numpy()) for r in results])
     tracer.left_out.append((before, after, f"{place(node)} leaves it out"))
