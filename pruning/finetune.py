@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,8 +125,10 @@ class FineTune:
         loss: (outputs, target) -> scalar.
         rate: highest learning rate.
         optimizer: (parameters, lr=rate) -> optimizer.
-        recalibrate: batches over which batch-norm statistics are taken anew at the end, at most as
-            many as were trained on; after few steps they would still be those of the dense model.
+        recalibrate: batches over which batch-norm statistics are taken anew at the end, the last
+            that were trained on; without steps the first of the loader. Those of the dense model
+            say little of a smaller one, and candidates would be ranked by chance (Li et al. 2020,
+            arXiv 2007.02491, section 3.2).
     """
 
     loader: Iterable[Any] = field(repr=False)
@@ -140,14 +142,18 @@ class FineTune:
             raise ValueError(f"rate must be a positive learning rate, got {self.rate}")
 
     def __call__(self, model: nn.Module, steps: int) -> None:
-        """Train in place for this many optimizer steps; masks are kept."""
-        if steps < 1:
+        """Train in place for this many optimizer steps, perhaps none; masks are kept."""
+        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        if steps < 1 and not (norms and self.recalibrate):
             return
         generator = getattr(self.loader, "generator", None)
         if isinstance(generator, torch.Generator):
             generator.manual_seed(torch.initial_seed())
-        chunks = min(steps, CHUNKS)
         batches = _endless(self.loader)
+        if steps < 1:
+            self._recalibrate(model, [next(batches) for _ in range(self.recalibrate)])
+            return
+        chunks = min(steps, CHUNKS)
         sizes = [steps * (i + 1) // chunks - steps * i // chunks for i in range(chunks)]
         optimizer = self.optimizer(model.parameters(), lr=self.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chunks)
@@ -156,9 +162,12 @@ class FineTune:
             part = [next(batches) for _ in range(size)]
             finetune(model, optimizer, part, self.loss, 1, scheduler=schedule, show=False)
             seen = [*seen, *part][-self.recalibrate :] if self.recalibrate else []
-        if seen and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-            device = next(model.parameters()).device
-            recalibrate(model, [to_device(inputs, device) for inputs, _ in seen])
+        if seen and norms:
+            self._recalibrate(model, seen)
+
+    def _recalibrate(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        device = next(model.parameters()).device
+        recalibrate(model, [to_device(inputs, device) for inputs, _ in batches])
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:

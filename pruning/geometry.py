@@ -8,6 +8,7 @@ Latency: layers measured alone, and how whole models relate to them (see ModelLa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -90,6 +91,7 @@ class ModelLatency:
         us: microseconds of every forward, whatever its widths.
         per_byte: microseconds per byte that layers read and write.
         factor: time of layers inside a model over their time alone.
+        dense_us: microseconds of the dense model, measured along with the layers; NaN if not.
         others: times of other calls that were measured along with them.
     """
 
@@ -97,7 +99,15 @@ class ModelLatency:
     us: float = 0.0
     per_byte: float = 0.0
     factor: float = 1.0
+    dense_us: float = math.nan
     others: dict[str, Times] = field(default_factory=dict)
+
+    def pace(self, dense_us: float) -> float:
+        """Microseconds now over those when the table was measured, by the dense model's time now.
+
+        Clocks and neighbours change; times that are divided by it are as of the table.
+        """
+        return dense_us / self.dense_us if self.dense_us > 0 else 1.0
 
     def whole_us(self, layers_us: float, activation_bytes: float) -> float:
         """Microseconds of a model whose layers take this long alone."""

@@ -69,7 +69,8 @@ def measure_latency(
     calls = {key: forward_of(model, space.example_inputs) for key, model in models.items()}
     told = None if after is None else lambda n: after(n, len(wanted))
     times = table.measure(wanted, told, {**calls, **(also or {})})
-    latency = ModelLatency(table, others={name: times[name] for name in also or {}})
+    others = {name: times[name] for name in also or {}}
+    latency = ModelLatency(table, dense_us=table.of(times[Allocation().key]), others=others)
     gone = [space.gone(allocation.channels) for allocation in allocations.values()]
     latency.fit(
         [_layers_us(space, table, units) for units in gone],

@@ -33,10 +33,10 @@ from slimgemm.pruning.metric import Evaluate
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto, require_optuna
 from slimgemm.pruning.patterns import Channels, NofM, Pattern, check_whole
-from slimgemm.pruning.profile import forward_times, layer_times, measure_latency
+from slimgemm.pruning.profile import forward_times, measure_latency
 from slimgemm.pruning.report import packed_patterns
 from slimgemm.pruning.scores import Magnitude, Score
-from slimgemm.pruning.search_report import Found, LayerRow
+from slimgemm.pruning.search_report import Found, layer_rows
 from slimgemm.pruning.snapshot import Snapshot, load_snapshot, save_snapshot
 from slimgemm.pruning.space import Allocation, Choices, Space
 from slimgemm.pruning.task import (
@@ -50,6 +50,7 @@ from slimgemm.pruning.task import (
 
 METHODS: dict[str, Callable[[], Any]] = {"netadapt": NetAdapt, "pareto": Pareto, "amc": AMC}
 JOURNAL = "candidates.jsonl"  # in the folder of a search
+PACE = 0.1  # change of the device's pace that is told
 TRIES = 8  # allocations that are finished and measured before it gives up
 
 
@@ -69,6 +70,7 @@ class Search(Amount):
         minimise: the cost that falls where only max_drop is given: macs, params, bytes,
             moved_bytes, energy_mj or latency_ms.
         finetune: (model, steps) -> None, as FineTune(loader, loss); its random numbers are seeded.
+            Where steps are 0 it is called too, as FineTune has batch-norm statistics to renew.
         short, long: steps of fine-tuning for each candidate, and at the end.
         patterns: what may be chosen: Channels() once, NofM patterns that a format packs.
         higher_is_better: of the metric.
@@ -226,7 +228,7 @@ class Search(Amount):
                 latency = measure_latency(space, table)
                 source.times = copy.deepcopy(table.times)
                 source.save()
-            fitted = [latency.us, latency.per_byte, latency.factor]
+            fitted = [latency.us, latency.per_byte, latency.factor, latency.dense_us]
             task.journal.add("latency", {"kind": "latency", "fitted": fitted})
         task.latency = ModelLatency(table, *task.journal["latency"]["fitted"])
         space.geometry.latency = task.latency
@@ -324,8 +326,7 @@ class Search(Amount):
                 found = forward_times(models, task.example_inputs, task.latency.table)
                 known = {**known, "us": {name: list(us) for name, us in found.items()}}
             times = {name: Times(*us) for name, us in known["us"].items()}
-            ms = task.latency.table.of(times["finished"]) / 1e3
-            costs = replace(costs, latency_ms=ms)
+            costs = replace(costs, latency_ms=self._ms(task, task.latency, times))
         if self.joules is not None:
             if "mj" not in known:
                 known = {**known, "mj": self.joules(done.model)}
@@ -334,29 +335,18 @@ class Search(Amount):
             task.journal.add(key, known)
         return costs, times
 
+    def _ms(self, task: Task, latency: ModelLatency, times: dict[str, Times]) -> float:
+        """Milliseconds of the finished model, at the pace at which the table was measured."""
+        pace = latency.pace(latency.table.of(times["dense"]))
+        if abs(pace - 1) > PACE:
+            task.notes.append(
+                f"A forward of the dense model takes {pace:.2f} times what it took when its layers "
+                "were timed; latencies are as of then"
+            )
+        return latency.table.of(times["finished"]) / 1e3 / pace
+
     def _deployed(self, model: nn.Module) -> nn.Module:
         return model if self.deploy is None else self.deploy(copy.deepcopy(model))
-
-    def _rows(self, task: Task, space: Space, done: Snapshot) -> list[LayerRow]:
-        """What each layer saves, predicted, and measured where there is a latency."""
-        before = space.geometry.layers()
-        masks = task.choices.masks
-        patterns = {name: masks[word] for name, word in done.allocation.patterns.items()}
-        after = task.geometry(done.model).layers((), patterns)
-        times: dict[str, dict[str, float]] = {"dense": {}, "finished": {}}
-        if task.latency is not None:
-            models = {"dense": task.model, "finished": self._deployed(done.model)}
-            table = task.latency.table
-            found = layer_times(models, task.example_inputs, list(before), table)
-            times = {m: {n: table.of(us) for n, us in rows.items()} for m, rows in found.items()}
-        none = float("nan")
-        return [
-            LayerRow(
-                name, before[name], after[name],
-                times["dense"].get(name, none), times["finished"].get(name, none),
-            )
-            for name in before
-        ]  # fmt: skip
 
     def _found(
         self, task: Task, space: Space, done: Snapshot, measured: Costs, times: dict[str, Times]
@@ -374,7 +364,7 @@ class Search(Amount):
             times=times,
             limits=task.limits,
             records=tuple(task.journal),
-            layers=self._rows(task, space, done),
+            layers=layer_rows(task, space, done, self._deployed),
             notes=(*task.notes, *task.lost),
             groups={name: len(group.units) for name, group in space.groups.items()},
         )

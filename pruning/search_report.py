@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,15 @@ from torch import nn
 
 from slimgemm.kernels.timing import Times
 from slimgemm.pruning.geometry import UNITS, Costs
+from slimgemm.pruning.profile import layer_times
 from slimgemm.pruning.report import amount, energy
 from slimgemm.pruning.space import Allocation
 
 if TYPE_CHECKING:
     from slimgemm.pruning.geometry import LayerCosts
-    from slimgemm.pruning.task import Limits
+    from slimgemm.pruning.snapshot import Snapshot
+    from slimgemm.pruning.space import Space
+    from slimgemm.pruning.task import Limits, Task
 
 WIDTH = 150
 NONE = float("nan")
@@ -44,6 +47,33 @@ class LayerRow:
             return " and ".join(what)
         won = "faster" if self.measured_us < self.measured_dense_us else "not faster"
         return f"{' and '.join(what)}, {won}"
+
+
+def layer_rows(
+    task: Task, space: Space, done: Snapshot, deployed: Callable[[nn.Module], nn.Module]
+) -> list[LayerRow]:
+    """What each layer saves, predicted, and measured where there is a latency.
+
+    Args:
+        deployed: finished model -> the one that is timed.
+    """
+    before = space.geometry.layers()
+    masks = task.choices.masks
+    patterns = {name: masks[word] for name, word in done.allocation.patterns.items()}
+    after = task.geometry(done.model).layers((), patterns)
+    times: dict[str, dict[str, float]] = {"dense": {}, "finished": {}}
+    if task.latency is not None:
+        models = {"dense": task.model, "finished": deployed(done.model)}
+        table = task.latency.table
+        found = layer_times(models, task.example_inputs, list(before), table)
+        times = {m: {n: table.of(us) for n, us in rows.items()} for m, rows in found.items()}
+    return [
+        LayerRow(
+            name, before[name], after[name],
+            times["dense"].get(name, NONE), times["finished"].get(name, NONE),
+        )
+        for name in before
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,11 @@ class Task:
         return [f"{count} candidates lost: their {self.metric} is not finite"] * bool(count)
 
     def tuned(self, model: nn.Module, steps: int, tag: str) -> None:
-        """Fine-tune in place; the same tag gives the same batches, whenever it runs."""
-        if self.tune is None or steps < 1:
+        """Fine-tune in place; the same tag gives the same batches, whenever it runs.
+
+        No steps are asked for too: FineTune then finds the batch-norm statistics anew.
+        """
+        if self.tune is None:
             return
         with seeded(layer_seed(self.seed, tag) % 2**32):
             self.tune(model, steps)

@@ -20,6 +20,19 @@ def test_calls_take_turns_in_every_round_and_sets_rotate():
     assert list(times) == ["a", "b"] and all(t.p20 <= t.p50 <= t.p80 for t in times.values())
 
 
+def test_where_caches_shall_be_warm_each_call_runs_once_untimed_before():
+    seen, now = [], [0]
+
+    def call(name):
+        seen.append(name)
+        now[0] += 1000 * len(seen)  # each run takes a microsecond longer than the one before
+
+    calls = {name: lambda name=name: call(name) for name in "ab"}
+    times = time_us(calls, "cpu", rounds=1, warmup=0, warm=True, clock=lambda: now[0])
+    assert seen == ["a", "a", "b", "b"]
+    assert (times["a"].p50, times["b"].p50) == (2.0, 4.0)
+
+
 def test_the_time_is_that_of_the_call():
     times = time_us({"sleep": lambda: time.sleep(0.01), "nothing": lambda: None}, "cpu", rounds=5)
     assert times["sleep"].p20 >= 10_000
@@ -82,8 +95,11 @@ def test_the_l2_is_emptied_by_reading_before_every_timed_call(monkeypatch):
             self.elapsed_time = lambda end: 0.5
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert timing._gpu_us(lambda: log.append("call"), Buffer(log)) == 500.0
+    assert timing._gpu_us(lambda: log.append("call"), Buffer(log), False) == 500.0
     assert log == ["sum buffer", "event", "call", "event"]
+    log.clear()
+    timing._gpu_us(lambda: log.append("call"), Buffer(log), True)
+    assert log == ["sum buffer", "call", "event", "call", "event"]
 
 
 @pytest.mark.gpu

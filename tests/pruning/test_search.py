@@ -1,6 +1,7 @@
 import os
 import random
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from slimgemm import pruning
 from slimgemm.kernels.timing import Times
-from slimgemm.pruning import Channels, NofM, count_macs, profile
+from slimgemm.pruning import Channels, NofM, count_macs, profile, search_report
 from slimgemm.pruning import search as search_module
 from slimgemm.pruning.amc import AMC
 from slimgemm.pruning.geometry import ModelLatency
@@ -253,16 +254,19 @@ def timed(model):
 def clock(monkeypatch, tmp_path):
     """Times of whole models, `slower` times what layers add up to."""
 
-    def install(slower):
+    def install(slower, paces=()):
+        turns = iter(paces)
+
         def forward_times(models, example_inputs, table):
-            return {n: Times(*[timed(m) * slower] * 3) for n, m in models.items()}
+            pace = next(turns, 1.0)
+            return {n: Times(*[timed(m) * slower * pace] * 3) for n, m in models.items()}
 
         def layer_times(models, example_inputs, names, table):
             return {n: {name: Times(*[1.0] * 3) for name in names} for n in models}
 
         monkeypatch.setattr(search_module, "measure_latency", known_latency)
         monkeypatch.setattr(search_module, "forward_times", forward_times)
-        monkeypatch.setattr(search_module, "layer_times", layer_times)
+        monkeypatch.setattr(search_report, "layer_times", layer_times)
         return LatencyTable(path=tmp_path / "table.json", twin=lambda layer, *pattern: layer)
 
     return install
@@ -277,6 +281,22 @@ def test_the_latency_limit_holds_as_measured(searching, blobs, clock):
     finished = [r for r in found.records if r["kind"] == "finished"]
     assert len(finished) > 1 and finished[0]["costs"]["latency_ms"] > limit
     assert set(found.times) == {"dense", "finished"}
+
+
+def test_a_slower_machine_moves_no_limit(searching, blobs, clock, monkeypatch):
+    table = clock(1.0, paces=[1.5])  # what else runs makes everything slower after the table
+    whole = timed(blobs.model)
+    monkeypatch.setattr(
+        search_module,
+        "measure_latency",
+        lambda space, table, **options: replace(known_latency(space, table), dense_us=whole),
+    )
+    search = searching(max_latency_ms=0.5 * whole / 1e3, latency=table)
+    found = search.run(blobs.model, blobs.example)
+    assert [r["kind"] for r in found.records].count("finished") == 1  # not tightened
+    assert found.measured.latency_ms == pytest.approx(timed(found.model) / 1e3)
+    assert found.times["dense"].p50 == pytest.approx(1.5 * whole)
+    assert any("takes 1.50 times what it took when its layers were timed" in n for n in found.notes)
 
 
 def test_what_was_predicted_too_dear_may_use_what_the_limit_allows(searching, blobs, clock):
