@@ -104,3 +104,19 @@ def test_fine_tuning_by_steps_repeats_with_its_seed():
     for rate in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="rate must be a positive learning rate, got"):
             FineTune([], F.cross_entropy, rate)
+
+
+def test_without_steps_only_batch_norm_statistics_are_renewed(normal):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    weight = model[0].weight.clone()
+    x = 5 + normal(32, 4)
+    batches = [(part, None) for part in x.split(8)]
+    FineTune(batches, lambda out, y: pytest.fail("no step, no loss"), recalibrate=2)(model, 0)
+    assert torch.equal(model[0].weight, weight)
+    seen = model[0](x[:16]).unflatten(0, (2, 8)).mean(1).mean(0)  # of the first two batches
+    torch.testing.assert_close(model[1].running_mean, seen)
+    before = model[1].running_mean.clone()
+    FineTune(batches, F.cross_entropy, recalibrate=0)(model, 0)
+    FineTune([], F.cross_entropy)(nn.Linear(4, 3), 0)  # nothing to renew, nothing is read
+    assert torch.equal(model[1].running_mean, before)
