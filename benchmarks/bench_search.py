@@ -140,6 +140,7 @@ def fashion(args: argparse.Namespace, save: Save) -> None:
             "widths": f"multiples of {args.multiple_of}",
             "method": str(method_of(args)),
             "steps per candidate": args.short,
+            "rounds of exchange": args.exchange,
             "times": times_of(args),
         }
         with tempfile.TemporaryDirectory() as folder:
@@ -167,8 +168,9 @@ def one_seed(
         asked: Row = {COSTS[name]: limit}
         search = pruning.Search(
             data.loss, higher_is_better=False, method=method_of(args),
-            finetune=tune, short=args.short, long=max(args.after), patterns=choices.patterns,
-            seed=seed, latency=space.geometry.latency if name == "latency_ms" else None,
+            finetune=tune, short=args.short, long=max(args.after), exchange=args.exchange,
+            patterns=choices.patterns, seed=seed,
+            latency=space.geometry.latency if name == "latency_ms" else None,
             folder=folder / name, show=sys.stderr.isatty(), **asked,
         )  # fmt: skip
         start = time.process_time()
@@ -289,7 +291,7 @@ def minilm(args: argparse.Namespace, save: Save) -> None:
         about = {"sentences": source, "searched by": args.sentences, "held out": args.held_out,
                  "limit": f"the cost of every group without {args.share:g} of its units",
                  "widths": f"multiples of {args.multiple_of}",
-                 "forward": list(mine[0]["input_ids"].shape),
+                 "rounds of exchange": args.exchange, "forward": list(mine[0]["input_ids"].shape),
                  "times": times_of(args)}  # fmt: skip
         with tempfile.TemporaryDirectory() as where:
             sentences_of_one_seed(
@@ -319,7 +321,7 @@ def sentences_of_one_seed(
         search = pruning.Search(
             functools.partial(cosine, batches=mine, want=want),
             method=pruning.NetAdapt(step=args.step), patterns=choices.patterns,
-            ignore=choices.ignore, seed=seed, show=sys.stderr.isatty(),
+            exchange=args.exchange, ignore=choices.ignore, seed=seed, show=sys.stderr.isatty(),
             latency=space.geometry.latency if name == "latency_ms" else None, **asked,
         )  # fmt: skip
         start = time.process_time()
@@ -347,9 +349,11 @@ def cosine(model: nn.Module, batches: Sequence[dict[str, Tensor]], want: Tensor)
 
 PARTS = {"fashion": fashion, "minilm": minilm}
 DEFAULTS = {
-    "fashion": {"share": 0.5, "step": 0.06, "held_out": 2000, "multiple_of": 1, "rounds": 40},
-    "minilm": {"share": 0.25, "step": 0.08, "held_out": 256, "multiple_of": 32, "rounds": 12},
-}
+    "fashion": {"share": 0.5, "step": 0.06, "held_out": 2000, "multiple_of": 1, "rounds": 40,
+                "exchange": 8},
+    "minilm": {"share": 0.25, "step": 0.08, "held_out": 256, "multiple_of": 32, "rounds": 12,
+               "exchange": 0},
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -365,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--costs", nargs="+", choices=COSTS, default=list(COSTS))
     parser.add_argument("--multiple-of", type=int, help="widths")
     parser.add_argument("--rounds", type=int, help="of each time")
+    parser.add_argument("--exchange", type=int, help="rounds of exchange at the end")
     parser.add_argument("--sentences", type=int, default=32, help="searched by (minilm)")
     parser.add_argument("--held-out", type=int, help="searched by (fashion), tested on (minilm)")
     parser.add_argument("--out", type=Path, default=bench_search_report.RESULTS)

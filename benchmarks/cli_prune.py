@@ -86,6 +86,9 @@ def prune(
     ] = None,
     short: Annotated[int, typer.Option(min=0, help="Steps of training after each candidate.")] = 20,
     long: Annotated[int, typer.Option(min=0, help="Steps of training at the end.")] = 500,
+    exchange: Annotated[
+        int, typer.Option(min=0, help="Rounds of exchanging widths at the end, at the same cost.")
+    ] = 4,
     rate: Annotated[float, typer.Option(help="Highest learning rate (Adam).")] = 1e-3,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Layers that stay: names, or re:REGEX; repeat.")
@@ -113,7 +116,7 @@ def prune(
 
     options = {
         "method": method, "minimise": minimise, "short": short, "long": long, "seed": seed,
-        "ignore": tuple(ignore or ()), **limits,
+        "exchange": exchange, "ignore": tuple(ignore or ()), **limits,
     }  # fmt: skip
     try:
         job = prune_job.Job(

@@ -8,6 +8,7 @@ metric, after equally many steps:
     at once    the same allocation, cut from the dense model in one go
     half way   each group between what the method keeps and what an even cut keeps
     even       every group without the same share
+    exchanged  from the best of these, widths exchanged between groups (exchange.py)
 
 Even cuts as a baseline that is hard to beat: Liu et al. 2019, arXiv 1810.05270, section 4.
 """
@@ -23,7 +24,9 @@ from typing import NamedTuple
 from torch import nn
 
 from slimgemm.kernels.timing import Times
+from slimgemm.pruning.exchange import exchanged
 from slimgemm.pruning.geometry import Costs
+from slimgemm.pruning.pool import Pool
 from slimgemm.pruning.snapshot import Snapshot
 from slimgemm.pruning.space import Allocation, Space
 from slimgemm.pruning.task import Limits, Task
@@ -63,12 +66,13 @@ def between(space: Space, chosen: Allocation, weight: float, share: float) -> Al
 def finalist_allocations(
     task: Task, chosen: Allocation, limits: Limits, failed: set[str]
 ) -> dict[str, Allocation]:
-    """Name -> allocation of no more cost than asked: at once, half way and even, as far as they
-    exist and differ from those before. Without limits of cost, no dearer than `chosen`."""
+    """Name -> allocation of no more cost than asked: at once, half way, even and exchanged, as far
+    as they exist and differ from those before. Without limits of cost, no dearer than `chosen`."""
     space = task.dense_space
     known = task.costs(space, chosen)
 
-    def fits(costs: Costs) -> bool:
+    def fits(allocation: Allocation) -> bool:
+        costs = task.costs(space, allocation)
         if limits.costs:
             return limits.met(costs)
         return costs.get(limits.minimise) <= known.get(limits.minimise)
@@ -77,10 +81,16 @@ def finalist_allocations(
     for name, weight in WEIGHTS.items():
         for step in range(SHARES):
             allocation = between(space, chosen, weight, step / SHARES)
-            if fits(task.costs(space, allocation)):
+            if fits(allocation):
                 if allocation.key not in {*failed, *(a.key for a in found.values())}:
                     found[name] = allocation
                 break
+    if task.exchange and len(space.options) > 1:
+        pool = Pool(task, "exchange")
+        start = min(found.values(), key=pool.drop)
+        allocation = exchanged(task, start, fits, failed, task.exchange)
+        if allocation.key not in {a.key for a in found.values()}:
+            found["exchanged"] = allocation
     return found
 
 
@@ -135,6 +145,7 @@ def why_not_own(task: Task, name: str, number: int) -> str:
         "at once": "its allocation cut in one go",
         "half way": "widths half way between its own and an even cut",
         "even": "an even cut",
+        "exchanged": "widths exchanged between groups",
     }[name]
     return (
         f"The result is not the model that the method made but {how}, of no more cost and trained "

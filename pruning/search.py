@@ -72,6 +72,8 @@ class Search(Amount):
         finetune: (model, steps) -> None, as FineTune(loader, loss); its random numbers are seeded.
             Where steps are 0 it is called too, as FineTune has batch-norm statistics to renew.
         short, long: steps of fine-tuning for each candidate, and at the end.
+        exchange: rounds, at the end, in which widths are exchanged between groups at the same cost;
+            each evaluates up to three candidates per group.
         patterns: what may be chosen: Channels() once, NofM patterns that a format packs.
         higher_is_better: of the metric.
         score, calibration, ignore, seed, energy: as for `plan`; Magnitude(p=2) by default.
@@ -98,6 +100,7 @@ class Search(Amount):
     finetune: Tune | None = None
     short: int = 0
     long: int = 0
+    exchange: int = 4
     patterns: tuple[Pattern, ...] = (Channels(),)
     higher_is_better: bool = True
     score: Score = field(default_factory=lambda: Magnitude(p=2))
@@ -128,6 +131,7 @@ class Search(Amount):
                 )
         check_whole(self.short, "short", least=0)
         check_whole(self.long, "long", least=0)
+        check_whole(self.exchange, "exchange", least=0)
         if (self.short or self.long) and self.finetune is None:
             raise ValueError("short and long are steps of finetune=, which is missing")
         _ = self.limits
@@ -193,7 +197,7 @@ class Search(Amount):
             model, example_inputs, choices, self.evaluate, self.higher_is_better, self.finetune,
             self.short, self.long, self.limits, self.seed,
             Journal(folder / JOURNAL, self.key(model, example_inputs)), folder, self.show,
-            say=self.say,
+            say=self.say, exchange=self.exchange,
         )  # fmt: skip
         differs = differing_outputs(model, example_inputs)
         if differs is not None:

@@ -127,6 +127,7 @@ class Task:
         energy_factor: measured / predicted energy of `model`; 1 where none is measured.
         show: progress bars.
         say: told a line for each candidate, or None.
+        exchange: rounds of exchange among the finalists.
     """
 
     model: nn.Module
@@ -147,6 +148,7 @@ class Task:
     energy_factor: float = 1.0
     notes: list[str] = field(default_factory=list)
     say: Callable[[str], None] | None = None
+    exchange: int = 0
 
     @functools.cached_property
     def dense_space(self) -> Space:

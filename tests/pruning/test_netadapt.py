@@ -10,7 +10,8 @@ def records(blobs, tune=None, **options):
     macs = count_macs(blobs.model, blobs.example).macs
     search = Search(
         blobs.accuracy, max_macs=0.5 * macs, finetune=tune or blobs.tune, short=2, show=False,
-        method=NetAdapt(step=0.15, decay=0.9), patterns=(Channels(), NofM(2, 4)), **options,
+        method=NetAdapt(step=0.15, decay=0.9), patterns=(Channels(), NofM(2, 4)),
+        **{"exchange": 0, **options},
     )  # fmt: skip
     return macs, search.run(blobs.model, blobs.example)
 

@@ -12,7 +12,7 @@ def run(blobs):
     def search(trials=14, **options):
         return Search(
             blobs.accuracy, method=Pareto(trials, population=4), finetune=blobs.tune, short=2,
-            patterns=(Channels(multiple_of=4), NofM(2, 4)), show=False, **options,
+            patterns=(Channels(multiple_of=4), NofM(2, 4)), show=False, exchange=0, **options,
         ).run(blobs.model, blobs.example)  # fmt: skip
 
     return search
