@@ -140,6 +140,7 @@ def fashion(args: argparse.Namespace, save: Save) -> None:
             "widths": f"multiples of {args.multiple_of}",
             "method": str(method_of(args)),
             "steps per candidate": args.short,
+            "steps at its end": args.long,
             "rounds of exchange": args.exchange,
             "times": times_of(args),
         }
@@ -168,7 +169,7 @@ def one_seed(
         asked: Row = {COSTS[name]: limit}
         search = pruning.Search(
             data.loss, higher_is_better=False, method=method_of(args),
-            finetune=tune, short=args.short, long=max(args.after), exchange=args.exchange,
+            finetune=tune, short=args.short, long=args.long, exchange=args.exchange,
             patterns=choices.patterns, seed=seed,
             latency=space.geometry.latency if name == "latency_ms" else None,
             folder=folder / name, show=sys.stderr.isatty(), **asked,
@@ -377,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--images", type=int, default=20000, help="trained on")
     add("--epochs", type=int, default=5, help="of dense training")
     add("--short", type=int, default=0, help="steps per candidate")
+    add("--long", type=int, default=30, help="steps at the end of the search")
     add("--after", type=int, nargs="+", default=[0, 10, 30, 100], help="steps, each apart")
     given = list(sys.argv[1:] if arguments is None else arguments)
     part = parser.parse_known_args(given)[0].part
