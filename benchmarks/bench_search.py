@@ -92,7 +92,7 @@ def values_of(
     name: str,
     model: nn.Module,
     found: Found,
-    even: tuple[Allocation, nn.Module],
+    flat: Allocation,
     space: Space,
     table: pruning.LatencyTable,
 ) -> tuple[dict[str, float], Row]:
@@ -100,11 +100,11 @@ def values_of(
 
     Latencies are measured in the same rounds as the dense model's, and as of the limit's.
     """
-    values = {"searched": found.measured.get(name), "even": space.costs(even[0]).get(name)}
+    values = {"searched": found.measured.get(name), "even": space.costs(flat).get(name)}
     latency = space.geometry.latency
     if name != "latency_ms" or latency is None:
         return values, {"dense": space.costs(Allocation()).get(name)}
-    models = {"dense": model, "searched": found.model, "even": even[1].eval()}
+    models = {"dense": model, "searched": found.model, "even": space.apply(flat)[0].eval()}
     times = forward_times(models, space.example_inputs, table)
     pace = latency.pace(table.of(times["dense"]))
     values = {what: table.of(us) / 1e3 / pace for what, us in times.items()}
@@ -201,9 +201,8 @@ def compared(
     """Rows of the searched and the even allocation, each cut from dense and then trained alike."""
     rows: list[Row] = []
     flat = space.uniform(args.share)
-    even = (flat, space.apply(flat)[0])
-    values, more = values_of(row["cost"], model, found, even, space, table)
-    row = {**row, **more}
+    values, more = values_of(row["cost"], model, found, flat, space, table)
+    row |= more
     for steps in args.after:
         for what, allocation in (("searched", found.allocation), ("even", flat)):
             pruned, _ = space.apply(allocation)
@@ -220,9 +219,9 @@ def compared(
     other, _ = space.apply(flat)
     with seeded(row["seed"]):
         tune(other, steps)
+    row |= {"steps": steps, "result": result, "after": "all"}
     for what, pruned in (("searched", found.model), ("even", other)):
-        rows.append({**row, "what": what, "after": "all", "steps": steps, "result": result,
-                     "value": values[what],
+        rows.append({**row, "what": what, "value": values[what],
                      "accuracy_percent": accuracy(pruned, data.test_x, data.test_y)})  # fmt: skip
         say(str(rows[-1]))
     return rows
@@ -329,7 +328,7 @@ def sentences_of_one_seed(
         found = search.run(model, mine[0])
         seconds = round(time.process_time() - start)
         other, _ = space.apply(flat)
-        values, more = values_of(name, model, found, (flat, other), space, table)
+        values, more = values_of(name, model, found, flat, space, table)
         for what, pruned, allocation in (("searched", found.model, found.allocation),
                                          ("even", other, flat)):  # fmt: skip
             row = {"seed": seed, "cost": name, "method": "netadapt", "what": what, "after": 0,
