@@ -208,7 +208,7 @@ class Geometry:
         found = {}
         for name, site in self.sites.items():
             shape, pattern = self._shape(f"{name}.weight", flags), patterns.get(name)
-            kept = 1.0 if pattern is None else 1 - pattern.share
+            kept = 1.0 if pattern is None else pattern.density(shape[0], shape[1])
             macs = site.macs * shape[0] / site.weight[0] * shape[1] / site.weight[1] * kept
             weight = _stored(shape, site.dtype, pattern)
             moved = weight + sum(self._activations(site, shape, flags))
@@ -236,15 +236,16 @@ class Geometry:
         layers = self.layers(gone, patterns)
         params = stored = 0.0
         for name, (_, itemsize, is_parameter) in self.tensors.items():
-            size = float(torch.Size(self._shape(name, flags)).numel())
+            shape = self._shape(name, flags)
+            size = float(torch.Size(shape).numel())
             owner, _, leaf = name.rpartition(".")
             pattern = patterns.get(owner) if leaf == "weight" else None
             if is_parameter:
-                params += size * (1 if pattern is None else 1 - pattern.share)
+                params += size * (1 if pattern is None else pattern.density(shape[0], shape[1]))
             if pattern is None:
                 stored += size * itemsize
             else:
-                stored += _stored(self._shape(name, flags), self.sites[owner].dtype, pattern)
+                stored += _stored(shape, self.sites[owner].dtype, pattern)
         latency = None
         if self.latency is not None:
             us = sum(layer.us for layer in layers.values())

@@ -148,6 +148,15 @@ class NofM(Pattern):
         """Dropped share, 1 - keep / group."""
         return 1 - self.keep / self.group
 
+    def density(self, rows: int, columns: int) -> float:
+        """Share that stays of a matrix: of a last group that is cut short at most `keep` stay."""
+        whole, rest = divmod(columns, self.group)
+        if not self.transposable:
+            return (whole * self.keep + min(rest, self.keep)) / columns
+        corner = torch.ones(rows % self.group, rest)  # all but this block keeps half
+        kept = int(self.mask(corner).sum()) if corner.numel() else 0
+        return ((rows * columns - corner.numel()) / 2 + kept) / (rows * columns)
+
     @property
     def packs(self) -> bool:
         """Whether a format and kernels hold it packed; any other keep:group stays dense."""

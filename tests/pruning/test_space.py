@@ -56,6 +56,19 @@ def test_patterns_and_channels_mix(residual, image):
     assert residual.a.out_channels == 24 and mask_of(residual.b) is None
 
 
+@pytest.mark.parametrize(
+    "pattern", [NofM(2, 4), NofM(2, 4, transposable=True), NofM(4, 8)], ids=str
+)
+@pytest.mark.parametrize("width, out", [(18, 8), (13, 8), (19, 7), (13, 5)])
+def test_a_last_group_that_is_cut_short_counts_what_it_keeps(pattern, width, out, normal):
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, out))
+    space = Space(model, normal(3, 16), Choices((Channels(), pattern)))
+    allocation = Allocation({"0": width}, {"2": str(pattern)})
+    cut = check_prediction(space, allocation)
+    kept = sum(int(p.count_nonzero()) for p in cut.parameters())
+    assert space.costs(allocation).params == kept < cut[0].weight.numel() + width * (out + 1)
+
+
 def test_heads_go_whole(attention, normal):
     space = Space(attention(), normal(1, 6, 16), Choices())
     for name, options in space.options.items():
