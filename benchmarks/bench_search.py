@@ -349,7 +349,7 @@ def cosine(model: nn.Module, batches: Sequence[dict[str, Tensor]], want: Tensor)
 
 PARTS = {"fashion": fashion, "minilm": minilm}
 DEFAULTS = {
-    "fashion": {"share": 0.5, "step": 0.06, "held_out": 2000, "multiple_of": 1, "rounds": 40,
+    "fashion": {"share": 0.3, "step": 0.06, "held_out": 2000, "multiple_of": 1, "rounds": 40,
                 "exchange": 8},
     "minilm": {"share": 0.25, "step": 0.08, "held_out": 256, "multiple_of": 32, "rounds": 12,
                "exchange": 0},

@@ -23,13 +23,13 @@ from slimgemm.pruning.channels import (
     unit_scores,
     why_kept,
 )
-from slimgemm.pruning.coupling import Coupling
+from slimgemm.pruning.coupling import OUTPUT, Coupling
 from slimgemm.pruning.decide import Part, Request, refitted, scores_of_all
 from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.patterns import Channels, keep_highest
 from slimgemm.pruning.sparsegpt import Solver
 
-MOST_NAMES = 3  # of normalisations that a note lists
+MOST_NAMES = 3  # that a note lists
 NO_NORM = "its channels stay: no batch normalisation with a scale follows them"
 
 
@@ -57,11 +57,12 @@ def plan_channels(
     notes += _moments(surgery)
     parts = {}
     for layer in request.layers:
-        part = _channel_part(layer.name, surgery, coupling, layer.name in scores)
+        parts[layer.name] = _channel_part(layer.name, surgery, coupling, layer.name in scores)
         if layer.name not in scores and why_kept(coupling, layer.name) is None:
             notes.append(f"{layer.name}: {NO_NORM}")
-        parts[layer.name] = replace(part, notes=tuple(notes))
-        notes = []
+    notes += _staying([name for name, part in parts.items() if part.refusal is None], coupling)
+    last = request.layers[-1].name
+    parts[last] = replace(parts[last], notes=tuple(notes))
     return parts, surgery
 
 
@@ -70,11 +71,28 @@ def _moments(surgery: Surgery) -> list[str]:
     if not surgery.norms:
         return []
     names = list(surgery.norms)
-    listed = ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")
     return [
         f"Normalisations that will take their moments over the channels that stay: {len(names)} "
-        f"({listed}). The smaller model is not the dense one with zeros: fine-tune it"
+        f"({_listed(names)}). The smaller model is not the dense one with zeros: fine-tune it"
     ]
+
+
+def _staying(names: Sequence[str], coupling: Coupling) -> list[str]:
+    """Why output channels of layers that shrink have to stay; of the model's output nobody asks."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        ids = coupling.axes[f"{name}.weight", 0]
+        reasons = [coupling.sets.reason(int(i)) for i in ids]
+        for reason in dict.fromkeys(reasons):
+            if reason not in (None, OUTPUT):
+                found.setdefault(reason, []).append(
+                    f"{name} ({reasons.count(reason)} of {ids.size})"
+                )
+    return [f"Output channels that stay: {_listed(who)}: {why}" for why, who in found.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_NAMES]) + (" ..." if len(names) > MOST_NAMES else "")
 
 
 def _channel_scores(request: Request, coupling: Coupling) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from slimgemm.pruning.coupling import FIXED, Coupling, Ids, Pinned
+from slimgemm.pruning.coupling import Coupling, Ids, Pinned
 from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.layers import NORMS, Layer, digest, matches, parameter_owners
 
@@ -122,7 +122,10 @@ def why_kept(coupling: Coupling, name: str) -> str | None:
     ids = coupling.axes.get((f"{name}.weight", 0))
     if ids is None:
         return "it did not run on the example inputs"
-    reasons = [coupling.sets.reason(int(i)) for i in np.unique(ids)]
+    roots = np.unique(coupling.sets.roots(ids))
+    reasons = [coupling.sets.reason(int(i)) for i in roots]
+    if reasons == [None]:
+        return f"its {ids.size} channels are coupled with each other and could only go together"
     return None if None in reasons else reasons[0]
 
 
@@ -139,7 +142,7 @@ def cut(
     slices = {key: kept for key, ids in coupling.axes.items() if (kept := stays(ids)) is not None}
     kept_in, readers = {}, {}
     for use in coupling.uses:
-        kept = stays(use.inputs) if (use.inputs != FIXED).all() else None
+        kept = stays(use.inputs)
         if kept is None:
             continue
         owner = use.weight.rpartition(".")[0]

@@ -53,6 +53,7 @@ Rule = Callable[["Tracer", Any], Any]
 # (name of a parameter, it is used as an activation) -> why its channels must stay, or None
 Pinned = Callable[[str, bool], str | None]
 FIXED = -1  # the id of an element that no weight made
+OUTPUT = "it reaches the model's output"
 
 
 @dataclass(frozen=True)

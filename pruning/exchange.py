@@ -46,13 +46,17 @@ def exchanged(
 
 
 def stepped(space: Space, allocation: Allocation, group: str, steps: int) -> Allocation | None:
-    """With a group this many options narrower, wider if below zero; None where there is none."""
+    """With a group this many options narrower, wider if below zero; None where there is none.
+
+    What it keeps now need not be one of its options: a cut model offers others than the dense one.
+    """
     total = len(space.groups[group].units)
-    widths = [total, *space.options[group]]
-    place = widths.index(allocation.channels.get(group, total)) + steps
-    if not 0 <= place < len(widths):
+    now = allocation.channels.get(group, total)
+    widths = [total, *space.options[group]]  # falling
+    ahead = [k for k in widths if k < now] if steps > 0 else [k for k in widths[::-1] if k > now]
+    if abs(steps) > len(ahead):
         return None
-    channels = {**allocation.channels, group: widths[place]}
+    channels = {**allocation.channels, group: ahead[abs(steps) - 1]}
     return Allocation({g: k for g, k in channels.items() if k < len(space.groups[g].units)},
                       allocation.patterns)  # fmt: skip
 

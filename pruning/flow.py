@@ -203,6 +203,9 @@ def _move(tracer: Tracer, node: Any) -> Any:
     before = np.concatenate([np.unique(tracer.full(s).numpy()) for s in tensors])
     after = np.concatenate([np.unique(r.numpy()) for r in results])
     tracer.left_out.append((before, after, f"{place(node)} leaves it out"))
+    if nodes.name(node) in ("chunk", "tensor_split") and len({r.shape for r in results}) == 1:
+        for r in results[1:]:  # parts of the same width stay so
+            tracer.sets.unite(results[0].numpy(), r.numpy())
     found = [tracer.compress(r) for r in results]
     return found if isinstance(result, (list, tuple)) else found[0]
 

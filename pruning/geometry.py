@@ -24,6 +24,7 @@ from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.latency import DENSE, LatencyTable
 from slimgemm.pruning.patterns import NofM
 from slimgemm.pruning.sites import Site, find_sites
+from slimgemm.pruning.trace import first_names
 
 UNITS = {
     "macs": "MACs",
@@ -163,6 +164,7 @@ class Geometry:
             self.tensors[name] = (tuple(tensor.shape), tensor.element_size(), True)
         for name, buffer in model.named_buffers():
             self.tensors[name] = (tuple(buffer.shape), buffer.element_size(), False)
+        self._first = first_names(model)  # a shared tensor has one entry in `tensors`
         self.roots: dict[tuple[str, int], Ids] = {}
         self.inputs: dict[str, Ids] = {}
         if coupling is not None:
@@ -180,6 +182,7 @@ class Geometry:
 
     def _shape(self, name: str, flags: np.ndarray) -> tuple[int, ...]:
         """Shape of a parameter or buffer afterwards."""
+        name = self._first[name]
         shape = list(self.tensors[name][0])
         for axis in range(len(shape)):
             ids = self.roots.get((name, axis))
@@ -196,7 +199,7 @@ class Geometry:
         self, site: Site, shape: tuple[int, ...], flags: np.ndarray
     ) -> tuple[float, float]:
         """(input bytes, output bytes) of a layer afterwards."""
-        ids = self.inputs.get(f"{site.name}.weight")
+        ids = self.inputs.get(self._first[f"{site.name}.weight"])
         read = 1.0 if ids is None or not ids.size else float(flags[ids].mean())
         return site.input_bytes * read, site.output_bytes * shape[0] / site.weight[0]
 

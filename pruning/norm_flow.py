@@ -14,9 +14,9 @@ from torch import nn
 
 from slimgemm.pruning import nodes
 from slimgemm.pruning.coupling import FIXED, Ids, Rule, Tracer, Tracked, place
+from slimgemm.pruning.layers import NORMS
 
 REDUCTIONS = ("mean", "sum", "amax", "amin", "max_dim", "var", "std", "norm", "prod", "logsumexp")
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 CASTS = ("to", "_to_copy", "float", "type_as")
 
 
@@ -28,7 +28,7 @@ def _per_channel(tracer: Tracer, node: Any) -> Tracked | None:
     found, scale = tracer.module(node), node.args[1]
     if nodes.name(node) == "batch_norm" and scale is not None and tracer.parameter(scale):
         tracer.found.scales.append((ids, tracer.names[scale.name]))
-    elif found is not None and isinstance(found[1], INSTANCE_NORMS):
+    elif found is not None and isinstance(found[1], NORMS):
         tracer.norm(node, ids, mixes=False)
     return Tracked((1,), ids)
 

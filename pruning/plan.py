@@ -352,18 +352,17 @@ def _other(layer: Layer, surgery: channels.Surgery | None) -> LayerPlan:
                 kept=share, dense_bytes=weight.nbytes, pruned_bytes=round(weight.nbytes * share),
                 energy_pj=UNKNOWN, pruned_energy_pj=UNKNOWN,
             )  # fmt: skip
-    weight = own[0][1]
-    return LayerPlan(
-        layer.name, layer.kind, tuple(weight.shape), weight.dtype, refusal=layer.refusal
-    )
+    return _left(layer, own[0][1], layer.refusal)
+
+
+def _left(layer: Layer, weight: Tensor, refusal: str | None) -> LayerPlan:
+    return LayerPlan(layer.name, layer.kind, tuple(weight.shape), weight.dtype, refusal=refusal)
 
 
 def _entry(layer: Layer, part: Part, pattern: Pattern, cost: Cost, table: EnergyTable) -> LayerPlan:
     weight = layer.weight
     if part.refusal is not None:
-        return LayerPlan(
-            layer.name, layer.kind, tuple(weight.shape), weight.dtype, refusal=part.refusal
-        )
+        return _left(layer, weight, part.refusal)
     used = cost.layers.get(layer.name, LayerCost(0, 0, 0, 0, 0))
     read, written = _share(part.kept_in, weight.shape[1]), _share(part.kept_out, weight.shape[0])
     if part.mask is not None:
@@ -373,8 +372,9 @@ def _entry(layer: Layer, part: Part, pattern: Pattern, cost: Cost, table: Energy
     else:
         kept = read * written
         pruned_bytes = round(weight.nbytes * kept)
+    depthwise = getattr(layer.module, "groups", 1) > 1 and weight.shape[1] == 1  # inputs go along
+    after = used.input_bytes * (written if depthwise else read) + used.output_bytes * written
     before = used.input_bytes + used.output_bytes
-    after = used.input_bytes * read + used.output_bytes * written
     return LayerPlan(
         name=layer.name,
         kind=layer.kind,

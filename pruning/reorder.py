@@ -33,11 +33,12 @@ from slimgemm.pruning.coupling import FIXED, Coupling, Ids
 from slimgemm.pruning.decide import Request, scores_of_all
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
 from slimgemm.pruning.layers import Layer, check_finite, find_layers
+from slimgemm.pruning.lively import lively
 from slimgemm.pruning.masks import masked_modules
 from slimgemm.pruning.order_flow import ORDER_RULES
 from slimgemm.pruning.patterns import NofM, rows_of
 from slimgemm.pruning.permutation import find_permutation, kept_magnitude
-from slimgemm.pruning.proof import difference, lively
+from slimgemm.pruning.proof import difference
 from slimgemm.pruning.scores import Context, Magnitude, Score
 from slimgemm.pruning.sparsegpt import Solver
 from slimgemm.pruning.trace import trace
@@ -251,34 +252,40 @@ def _reorder(
     source: Mapping[int, int],
 ) -> dict[tuple[int, int], Tensor]:
     """Put unit source[u] where unit u is, on every axis; orders that put outputs back."""
-    tensors = {name: channels.tensor_named(model, name) for name, _ in coupling.axes}
-    inputs = lively(example_inputs)
-    with evaluating(model), torch.no_grad():
-        want = [t.clone() for t in tensors_of(run(model, inputs))]
-    back = {}
-    for key, ids in coupling.outputs.items():
-        index = _index(coupling, ids, source)
-        if index is not None:
-            back[key] = index.argsort()
-    saved = {name: tensor.data for name, tensor in tensors.items()}
-    try:
-        for (name, axis), ids in coupling.axes.items():
-            index = _index(coupling, ids, source)
-            if index is not None:
-                tensor = tensors[name]
-                tensor.data = tensor.data.index_select(axis, index.to(tensor.device))
+    moves = {
+        key: index
+        for key, ids in coupling.axes.items()
+        if (index := _index(coupling, ids, source)) is not None
+    }
+    back = {
+        key: index.argsort()
+        for key, ids in coupling.outputs.items()
+        if (index := _index(coupling, ids, source)) is not None
+    }
+    tensors = {name: channels.tensor_named(model, name) for name, _ in moves}
+    with lively(model, example_inputs) as inputs:
         with evaluating(model), torch.no_grad():
-            got = tensors_of(run(model, inputs))
-        for (place, dim), order in back.items():
-            got[place] = got[place].index_select(dim, order.to(got[place].device))
-        failure = difference(got, want)
-    except (RuntimeError, ValueError, IndexError) as error:
-        failure = f"its forward failed: {type(error).__name__}: {error}"
+            want = [t.clone() for t in tensors_of(run(model, inputs))]
+        try:
+            _move(tensors, moves)
+            with evaluating(model), torch.no_grad():
+                got = tensors_of(run(model, inputs))
+            for (place, dim), order in back.items():
+                got[place] = got[place].index_select(dim, order.to(got[place].device))
+            failure = difference(got, want)
+        except (RuntimeError, ValueError, IndexError) as error:
+            failure = f"its forward failed: {type(error).__name__}: {error}"
     if failure is not None:
-        for name, data in saved.items():
-            tensors[name].data = data
         raise ValueError(f"channels cannot be reordered in this model: {failure}; it is unchanged")
+    _move(tensors, moves)
     return back
+
+
+def _move(tensors: Mapping[str, Tensor], moves: Mapping[tuple[str, int], Tensor]) -> None:
+    """Reorder tensors in place, each along some of its axes."""
+    for (name, axis), index in moves.items():
+        tensor = tensors[name]
+        tensor.data = tensor.data.index_select(axis, index.to(tensor.device))
 
 
 def _index(coupling: Coupling, ids: Ids, source: Mapping[int, int]) -> Tensor | None:

@@ -67,7 +67,7 @@ def shrink(model: nn.Module, surgery: Surgery) -> None:
     }
     for name, weight in surgery.weights.items():
         tensor = tensor_named(model, name)
-        tensor.data = weight.to(tensor.device)
+        tensor.data = weight.to(tensor)
     for (name, axis), kept in surgery.slices.items():
         tensor = tensor_named(model, name)
         owner, _, leaf = name.rpartition(".")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimgemm.pruning.coupling import Coupling, Pinned, Rule, Tracer, Tracked
+from slimgemm.pruning.coupling import OUTPUT, Coupling, Pinned, Rule, Tracer, Tracked
 from slimgemm.pruning.flow import follow
 from slimgemm.pruning.inputs import Inputs, arguments, evaluating
 
@@ -46,7 +46,7 @@ def trace(
             ) from error
     tracer = Tracer(model, pinned, rules or {})
     signature = program.graph_signature
-    names = _first_names(model)
+    names = first_names(model)
     inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tracer.names = {node: names[name] for node, name in inputs.items()}
     for node in program.graph.nodes:
@@ -58,7 +58,7 @@ def trace(
     return tracer.found
 
 
-def _first_names(model: nn.Module) -> dict[str, str]:
+def first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> its first name, as `named_modules` gives it."""
     tensors = [
         *model.named_parameters(remove_duplicate=False),
@@ -75,4 +75,4 @@ def _outputs(tracer: Tracer, node: Any, free: bool) -> None:
         if free and isinstance(value, Tracked) and len(value.dims) == 1:
             tracer.found.outputs[place, value.dims[0]] = value.ids
         else:
-            tracer.pin(value, "it reaches the model's output")
+            tracer.pin(value, OUTPUT)

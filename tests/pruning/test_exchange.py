@@ -67,6 +67,9 @@ def test_a_step_is_an_option_of_one_group(blobs):
     assert stepped(space, narrower, group, -1) == dense
     assert stepped(space, dense, group, -1) is None
     assert stepped(space, dense, group, len(options) + 1) is None
+    odd = Allocation({group: options[2] - 1})  # no option: a step goes to the next that is
+    assert stepped(space, odd, group, -1) == Allocation({group: options[2]})
+    assert stepped(space, odd, group, 1) == Allocation({group: options[3]})
 
 
 def test_a_search_ends_with_what_was_exchanged_where_that_is_best(blobs):
