@@ -36,7 +36,7 @@ from slimgemm.pruning.patterns import Channels, NofM, Pattern, check_whole
 from slimgemm.pruning.profile import forward_times, measure_latency
 from slimgemm.pruning.report import packed_patterns
 from slimgemm.pruning.scores import Magnitude, Score
-from slimgemm.pruning.search_report import Found, layer_rows
+from slimgemm.pruning.search_report import Found, layer_rows, pace_notes, pace_of
 from slimgemm.pruning.snapshot import Snapshot, load_snapshot, save_snapshot
 from slimgemm.pruning.space import Allocation, Choices, Space
 from slimgemm.pruning.task import (
@@ -50,7 +50,6 @@ from slimgemm.pruning.task import (
 
 METHODS: dict[str, Callable[[], Any]] = {"netadapt": NetAdapt, "pareto": Pareto, "amc": AMC}
 JOURNAL = "candidates.jsonl"  # in the folder of a search
-PACE = 0.1  # change of the device's pace that is told
 TRIES = 8  # allocations that are finished and measured before it gives up
 
 
@@ -330,7 +329,8 @@ class Search(Amount):
                 found = forward_times(models, task.example_inputs, task.latency.table)
                 known = {**known, "us": {name: list(us) for name, us in found.items()}}
             times = {name: Times(*us) for name, us in known["us"].items()}
-            costs = replace(costs, latency_ms=self._ms(task, task.latency, times))
+            ms = task.latency.table.of(times["finished"]) / 1e3
+            costs = replace(costs, latency_ms=ms / pace_of(task.latency, times))
         if self.joules is not None:
             if "mj" not in known:
                 known = {**known, "mj": self.joules(done.model)}
@@ -338,16 +338,6 @@ class Search(Amount):
         if key not in task.journal:
             task.journal.add(key, known)
         return costs, times
-
-    def _ms(self, task: Task, latency: ModelLatency, times: dict[str, Times]) -> float:
-        """Milliseconds of the finished model, at the pace at which the table was measured."""
-        pace = latency.pace(latency.table.of(times["dense"]))
-        if abs(pace - 1) > PACE:
-            task.notes.append(
-                f"A forward of the dense model takes {pace:.2f} times what it took when its layers "
-                "were timed; latencies are as of then"
-            )
-        return latency.table.of(times["finished"]) / 1e3 / pace
 
     def _deployed(self, model: nn.Module) -> nn.Module:
         return model if self.deploy is None else self.deploy(copy.deepcopy(model))
@@ -369,7 +359,7 @@ class Search(Amount):
             limits=task.limits,
             records=tuple(task.journal),
             layers=layer_rows(task, space, done, self._deployed),
-            notes=(*task.notes, *task.lost),
+            notes=(*task.notes, *pace_notes(task.latency, times), *task.lost),
             groups={name: len(group.units) for name, group in space.groups.items()},
         )
 

@@ -17,12 +17,13 @@ from slimgemm.pruning.report import amount, energy
 from slimgemm.pruning.space import Allocation
 
 if TYPE_CHECKING:
-    from slimgemm.pruning.geometry import LayerCosts
+    from slimgemm.pruning.geometry import LayerCosts, ModelLatency
     from slimgemm.pruning.snapshot import Snapshot
     from slimgemm.pruning.space import Space
     from slimgemm.pruning.task import Limits, Task
 
 WIDTH = 150
+PACE = 0.1  # change of the device's pace that is told
 NONE = float("nan")
 
 
@@ -47,6 +48,22 @@ class LayerRow:
             return " and ".join(what)
         won = "faster" if self.measured_us < self.measured_dense_us else "not faster"
         return f"{' and '.join(what)}, {won}"
+
+
+def pace_of(latency: ModelLatency, times: Mapping[str, Times]) -> float:
+    """Time of the dense model beside the finished one over that when its layers were timed."""
+    return latency.pace(latency.table.of(times["dense"]))
+
+
+def pace_notes(latency: ModelLatency | None, times: Mapping[str, Times]) -> list[str]:
+    """That the latency of the result is not the time that was read, where that is so."""
+    if latency is None or abs((pace := pace_of(latency, times)) - 1) <= PACE:
+        return []
+    read = latency.table.of(times["finished"]) / 1e3
+    return [
+        f"A forward of the dense model takes {pace:.2f} times what it took when its layers were "
+        f"timed; latencies are as of then: {read / pace:.6g} ms, read {read:.6g}"
+    ]
 
 
 def layer_rows(

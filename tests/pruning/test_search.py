@@ -296,7 +296,29 @@ def test_a_slower_machine_moves_no_limit(searching, blobs, clock, monkeypatch):
     assert [r["kind"] for r in found.records].count("finished") == 1  # not tightened
     assert found.measured.latency_ms == pytest.approx(timed(found.model) / 1e3)
     assert found.times["dense"].p50 == pytest.approx(1.5 * whole)
-    assert any("takes 1.50 times what it took when its layers were timed" in n for n in found.notes)
+    ms = found.measured.latency_ms
+    note = f"timed; latencies are as of then: {ms:.6g} ms, read {1.5 * ms:.6g}"
+    assert [n for n in found.notes if "takes 1.50 times what" in n and n.endswith(note)]
+
+
+def test_the_pace_is_told_once_and_of_the_result(searching, blobs, clock, monkeypatch):
+    whole = timed(blobs.model)
+    table = clock(1.0, paces=[1.5, 2.0])  # a second model is finished, at another pace
+    monkeypatch.setattr(
+        search_module,
+        "measure_latency",
+        lambda space, table, **options: replace(
+            known_latency(space, table), dense_us=whole, factor=1.6
+        ),
+    )
+    limit = 0.45 * whole / 1e3
+    found = searching(max_latency_ms=limit, latency=table, evaluate=wide).run(
+        blobs.model, blobs.example
+    )
+    assert [r["kind"] for r in found.records].count("finished") == 2
+    pace = found.times["dense"].p50 / whole
+    (note,) = [n for n in found.notes if "when its layers were timed" in n]
+    assert f"takes {pace:.2f} times" in note
 
 
 def test_what_was_predicted_too_dear_may_use_what_the_limit_allows(searching, blobs, clock):
