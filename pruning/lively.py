@@ -1,8 +1,9 @@
 """lively: a model and inputs for a proof, in which no term is silent and half precision is single.
 
 A branch that ends in zeros, as many blocks begin, or constant inputs show nothing of a wrong cut.
-So constant parameters and inputs become random while the proof runs, and float16 and bfloat16
-become float32, whose rounding is far smaller than the effect of one channel.
+So constant inputs and parameters, and parameters that are small throughout, become random while the
+proof runs, and float16 and bfloat16 become float32, whose rounding is far smaller than the effect
+of one channel.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from slimgemm.pruning.inputs import Inputs, evaluating, run, tensors_of
+
+SMALL = 1e-2
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def lively(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     try:
         for tensor in tensors:
             data = tensor.data
-            if isinstance(tensor, nn.Parameter) and data.is_floating_point() and _constant(data):
+            if isinstance(tensor, nn.Parameter) and data.is_floating_point() and _silent(data):
                 data = _like(data, generator)
             tensor.grad = None  # its dtype would be another
             tensor.data = _single(data)
@@ -58,6 +61,11 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
 
 def _constant(tensor: Tensor) -> bool:
     return bool((tensor == tensor.flatten()[:1]).all())
+
+
+def _silent(tensor: Tensor) -> bool:
+    """It shows nothing of its own order, or so little reaches the outputs as of a layer scale."""
+    return _constant(tensor) or bool((tensor.abs() < SMALL).all())
 
 
 def _single(tensor: Tensor) -> Tensor:

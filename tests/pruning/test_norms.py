@@ -204,7 +204,9 @@ def test_packed_attention_pins_its_stream_alone(normal):
     plan = pruning.plan(model, normal(2, 5, 6), **HALF)
     plan.apply(model)
     assert layer.linear1.weight.shape == (12, 16) and layer.norm1.normalized_shape == (16,)
-    assert "MultiheadAttention" in plan["0"].refusal and not plan.notes
+    why = "1.self_attn: MultiheadAttention is neither a Linear nor a Conv2d"
+    assert plan["0"].refusal == why
+    assert plan.notes == (f"Output channels that stay: 1.linear2 (16 of 16): {why}",)
 
 
 def test_a_second_cut_maps_to_the_first_axis(normal, tmp_path):
