@@ -47,8 +47,10 @@ def storage_notes(pattern: Pattern, entries: Sequence[LayerPlan]) -> tuple[str, 
     if isinstance(pattern, Channels):
         return ()
     return tuple(
-        f"{entry.name}: compress will leave it dense, zeros included: packed it would save less "
-        f"than {100 * LEAST_SAVING:g} % of its bytes; ignore it to keep all its weights"
+        f"{entry.name}: {pattern} drops nothing of it, its rows are too short"
+        if entry.kept == 1
+        else f"{entry.name}: compress will leave it dense, zeros included: packed it would save "
+        f"less than {100 * LEAST_SAVING:g} % of its bytes; ignore it to keep all its weights"
         for entry in entries
         if entry.refusal is None and entry.pruned_bytes == entry.dense_bytes
     )

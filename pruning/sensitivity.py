@@ -19,7 +19,7 @@ from slimgemm.pruning.inputs import Inputs
 from slimgemm.pruning.journal import Journal, run_key, trying
 from slimgemm.pruning.layers import Layer, find_layers
 from slimgemm.pruning.metric import Evaluate, dense_value_of, value_of
-from slimgemm.pruning.patterns import Channels, Pattern
+from slimgemm.pruning.patterns import Channels, NofM, Pattern
 from slimgemm.pruning.scores import Magnitude, Score
 from slimgemm.pruning.space import Allocation, Choices, Space, scores_of
 
@@ -197,6 +197,8 @@ def _trials(
             continue
         layers = [la for la in find_layers(model, ignore) if la.refusal is None]
         layers = [la for la in layers if pattern.refusal(tuple(la.weight.shape)) is None]
+        if isinstance(pattern, NofM):  # it drops nothing of those with so few inputs
+            layers = [la for la in layers if la.weight.shape[1] > pattern.keep]
         scores = scores_of(model, layers, example_inputs, score, seed)
         for layer in layers:
             yield from _layer_trials(model, layer, scores[layer.name], pattern, ratios)

@@ -51,6 +51,13 @@ def test_a_note_names_each_layer_that_compress_will_leave_dense():
     assert [e.pruned_bytes for e in plan.pruned] == [rows["0"].dense_bytes, rows["1"].packed_bytes]
 
 
+def test_a_note_names_each_layer_of_which_nothing_is_dropped():
+    plan = pruning.plan(nn.Conv2d(1, 8, 3), torch.zeros(1, 1, 4, 4), pattern=pruning.NofM(2, 4))
+    (layer,) = plan.pruned
+    assert layer.kept == 1
+    assert plan.notes == (f"{layer.name}: 2:4 drops nothing of it, its rows are too short",)
+
+
 def test_import_is_light():
     heavy = ("rich", "torch_pruning", "sklearn", "matplotlib")
     code = (

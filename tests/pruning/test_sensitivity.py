@@ -53,6 +53,19 @@ def test_groups_are_scanned_whole_and_layers_alone(residual, image):
     assert all(torch.equal(v, before[k]) for k, v in residual.state_dict().items())
 
 
+def test_a_layer_of_which_a_pattern_drops_nothing_has_no_point(normal):
+    model, x = (
+        torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Conv2d(8, 3, 1)),
+        normal(2, 2, 4, 4),
+    )
+    found = scan(
+        model, x, Output(model, x), patterns=(NofM(2, 4), Unstructured()), ratios=(0.5,), show=False
+    )
+    assert set(found.curves()) == {("1", "2:4"), ("0", "unstructured"), ("1", "unstructured")}
+    few = scan(model, x, Output(model, x), patterns=(NofM(1, 4),), show=False)
+    assert set(few.curves()) == {("0", "1:4"), ("1", "1:4")}
+
+
 def test_a_killed_scan_goes_on_where_it_was(mlp, normal, tmp_path):
     x, log = normal(5, 16), tmp_path / "scan.jsonl"
     options = {"patterns": (Channels(), NofM(2, 4)), "ratios": (0.3, 0.6), "show": False}
