@@ -46,7 +46,8 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> None:
         raise ValueError(
             f"channels of {cut_layers} could not be cut: the smaller model is not the dense one "
             f"with zeros, {failure}. A width written as a number in forward (view, reshape, scale) "
-            "does this: read it from the tensor, or ignore these layers. The model is unchanged"
+            "does this: read it from the tensor, or ignore these layers. Attention loses whole "
+            "heads: in its views their number is -1, their size a number. The model is unchanged"
         )
     undo = Undo(model, surgery)
     try:
