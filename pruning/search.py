@@ -346,6 +346,8 @@ class Search(Amount):
         self, task: Task, space: Space, done: Snapshot, measured: Costs, times: dict[str, Times]
     ) -> Found:
         predicted = task.costs_now(done.model, done.allocation.patterns)
+        if done.allocation == Allocation():
+            task.notes.append(f"Nothing was pruned: the dense model is within {task.limits}")
         return Found(
             model=done.model,
             allocation=done.allocation,

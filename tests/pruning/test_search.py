@@ -17,6 +17,7 @@ from slimgemm.pruning.latency import LatencyTable
 from slimgemm.pruning.netadapt import NetAdapt
 from slimgemm.pruning.pareto import Pareto
 from slimgemm.pruning.search import Search
+from slimgemm.pruning.space import Allocation, Choices, Space
 from slimgemm.pruning.task import Infeasible
 
 METHODS = {
@@ -67,8 +68,6 @@ def test_limits_hold_for_the_finished_model_as_counted(searching, blobs, dense_m
 
 @pytest.mark.parametrize("name", ["params", "bytes", "energy_mj"])
 def test_every_cost_can_be_limited(searching, blobs, name):
-    from slimgemm.pruning.space import Allocation, Choices, Space
-
     dense = Space(blobs.model, blobs.example, Choices()).costs(Allocation())
     limit = 0.6 * dense.get(name)
     found = searching(**{f"max_{name}": limit}).run(blobs.model, blobs.example)
@@ -299,6 +298,13 @@ def test_a_slower_machine_moves_no_limit(searching, blobs, clock, monkeypatch):
     ms = found.measured.latency_ms
     note = f"timed; latencies are as of then: {ms:.6g} ms, read {1.5 * ms:.6g}"
     assert [n for n in found.notes if "takes 1.50 times what" in n and n.endswith(note)]
+
+
+def test_limits_that_the_dense_model_meets_are_told(searching, blobs):
+    macs = count_macs(blobs.model, blobs.example).macs
+    found = searching(max_macs=macs).run(blobs.model, blobs.example)
+    assert found.allocation == Allocation() and found.measured.macs == macs
+    assert found.notes == (f"Nothing was pruned: the dense model is within {macs:g} MACs",)
 
 
 def test_the_pace_is_told_once_and_of_the_result(searching, blobs, clock, monkeypatch):
