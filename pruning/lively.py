@@ -37,7 +37,9 @@ def lively(model: nn.Module, inputs: Inputs) -> Iterator[Inputs]:
     try:
         for tensor in tensors:
             data = tensor.data
-            if isinstance(tensor, nn.Parameter) and data.is_floating_point() and _silent(data):
+            if not isinstance(tensor, nn.Parameter):
+                data = data.clone()  # forward may write to it
+            elif data.is_floating_point() and _silent(data):
                 data = _like(data, generator)
             tensor.grad = None  # its dtype would be another
             tensor.data = _single(data)
@@ -60,7 +62,7 @@ def _runs(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _constant(tensor: Tensor) -> bool:
-    return bool((tensor == tensor.flatten()[:1]).all())
+    return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
 
 
 def _silent(tensor: Tensor) -> bool:
@@ -83,11 +85,11 @@ def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _inputs(value: object, generator: torch.Generator) -> Inputs:
     if isinstance(value, Tensor):
+        constant = value.numel() > 1 and _constant(value)
         if value.is_floating_point():
-            random = _constant(value) and value.numel() > 1
-            found = torch.randn(value.shape, generator=generator).to(value) if random else value
+            found = torch.randn(value.shape, generator=generator).to(value) if constant else value
             return _single(found)
-        if value.dtype == torch.bool or not _constant(value) or not value.numel():
+        if value.dtype == torch.bool or not constant:
             return value
         # 0 or 1 for zeros, else one less here and there: still in a table, or a mask.
         step = 1 if not value.any() else -1

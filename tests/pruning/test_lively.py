@@ -142,7 +142,7 @@ def test_what_is_constant_becomes_random_and_comes_back():
             self.own = nn.Parameter(torch.arange(8.0))
             self.register_buffer("place", torch.zeros(8))
 
-        def forward(self, x, tokens=None, mask=None):
+        def forward(self, x, tokens, mask, step):
             return x * self.ones + self.own
 
     model, own = Model(), {}
@@ -152,6 +152,7 @@ def test_what_is_constant_becomes_random_and_comes_back():
         "x": torch.zeros(3, 8),
         "tokens": torch.full((2, 9), 5),
         "mask": torch.ones(2, 9, dtype=torch.bool),
+        "step": torch.tensor(3),
     }
     with lively(model, inputs) as changed:
         assert model.zeros.unique().numel() == 32 and model.ones.unique().numel() == 8
@@ -159,10 +160,29 @@ def test_what_is_constant_becomes_random_and_comes_back():
         assert model.own.equal(own["own"]) and model.place.equal(own["place"])
         assert changed["x"].unique().numel() == 24 and changed["mask"] is inputs["mask"]
         assert {*changed["tokens"].flatten().tolist()} == {4, 5}
-        assert changed["tokens"][:, 0].tolist() == [5, 5]
+        assert changed["tokens"][:, 0].tolist() == [5, 5] and changed["step"] is inputs["step"]
     for name, data in own.items():
         assert getattr(model, name).data.data_ptr() == data.data_ptr()
     assert not model.zeros.any() and (model.ones == 1).all()
+
+
+def test_empty_parameters_and_counters_are_left_as_they_are(normal):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 2)
+            self.empty = nn.Parameter(torch.empty(0, 3))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.b(F.relu(self.a(x)))
+
+    model = Counts()
+    plan = pruning.plan(model, normal(4, 6), **HALF)
+    calls = model.calls.item()
+    plan.apply(model)
+    assert model.a.weight.shape == (4, 6) and model.calls.item() == calls
 
 
 def test_differences_of_other_than_plain_numbers():
