@@ -71,10 +71,17 @@ def _moments(surgery: Surgery) -> list[str]:
     if not surgery.norms:
         return []
     names = list(surgery.norms)
-    return [
+    notes = [
         f"Normalisations that will take their moments over the channels that stay: {len(names)} "
         f"({_listed(names)}). The smaller model is not the dense one with zeros: fine-tune it"
     ]
+    lone = [name for name, kept in surgery.norms.items() if kept.numel() == 1]
+    if lone:
+        notes.append(
+            f"Normalisations left with a single channel, whose value they erase: {_listed(lone)}; "
+            "give Channels a floor"
+        )
+    return notes
 
 
 def _staying(names: Sequence[str], coupling: Coupling) -> list[str]:
@@ -83,6 +90,8 @@ def _staying(names: Sequence[str], coupling: Coupling) -> list[str]:
     for name in names:
         ids = coupling.axes[f"{name}.weight", 0]
         reasons = [coupling.sets.reason(int(i)) for i in ids]
+        if None in reasons and (together := why_kept(coupling, name)):
+            reasons = [together] * ids.size
         for reason in dict.fromkeys(reasons):
             if reason not in (None, OUTPUT):
                 found.setdefault(reason, []).append(

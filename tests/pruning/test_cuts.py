@@ -96,6 +96,28 @@ def test_groups_that_leave_nothing_to_choose_are_told(normal):
     assert plan["b"].kept_shape == (4, 12, 1, 1)
 
 
+def test_groups_that_leave_nothing_to_choose_are_told_of_a_layer_that_loses_inputs(normal):
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=3))
+    model.extend([nn.GroupNorm(4, 12), nn.Conv2d(12, 2, 1)])
+    plan = pruning.plan(model, normal(*IMAGES), **HALF)
+    assert plan["1"].kept_shape == (12, 2, 1, 1)
+    assert plan.notes == (
+        "Output channels that stay: 1 (12 of 12): its 12 channels are coupled with each other and "
+        "could only go together",
+    )
+
+
+def test_a_norm_that_is_left_with_one_channel_is_told(normal):
+    model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+    options = {"amount": pruning.Uniform(0.75)}
+    for floor, lone in ((1, True), (2, False)):
+        plan = pruning.plan(model, normal(4, 6), pattern=pruning.Channels(floor=floor), **options)
+        found = (
+            "Normalisations left with a single channel, whose value they erase: 1; give Channels"
+        )
+        assert any(found in note for note in plan.notes) is lone
+
+
 class Tied(nn.Module):
     """An embedding whose table is the head's weight, and an MLP."""
 
