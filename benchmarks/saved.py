@@ -160,7 +160,7 @@ def table(found: dict[str, Any]) -> str:
     return (
         f"{as_table(title, columns, rows)}\n{found['tensors']} tensors, "
         f"{found['tensor_bytes']:,} bytes; {found['file_bytes']:,} bytes on disk. Layers that are "
-        f"not listed are as in the dense model.{total}"
+        f"not listed have the shapes of the dense model.{total}"
     )
 
 

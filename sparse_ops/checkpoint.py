@@ -180,7 +180,9 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = folder / MANIFEST
     for needed in (path, folder / TENSORS):
         if not needed.is_file():
-            raise CheckpointError(f"{needed} is missing; {folder} is no slimgemm checkpoint")
+            inside = folder / "model"  # of the folder that slimgemm prune writes
+            cure = f"; {inside} is one" if (inside / MANIFEST).is_file() else ""
+            raise CheckpointError(f"{needed} is missing; {folder} is no slimgemm checkpoint{cure}")
     try:
         manifest = json.loads(path.read_text())
         version, claimed = manifest["version"], manifest["sha256"]

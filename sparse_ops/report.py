@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 
 
 def as_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as text, 100 columns wide."""
+    """A table as text, at most 120 columns wide; what is longer is folded, never cut short."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title)
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console(file=io.StringIO(), width=100)
+    console = Console(file=io.StringIO(), width=120)
     console.print(table)
     text = console.file
     assert isinstance(text, io.StringIO)

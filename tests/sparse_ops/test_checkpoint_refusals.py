@@ -59,6 +59,14 @@ def test_a_missing_file_is_refused(file, saved, no_tensor_is_read):
         load(never, saved[0] / "nowhere")
 
 
+def test_the_folder_above_a_checkpoint_is_refused_and_the_right_one_named(saved, tmp_path):
+    above = tmp_path / "above"
+    above.mkdir()
+    saved[0].rename(above / "model")
+    with pytest.raises(CheckpointError, match=rf"no slimgemm checkpoint; {above / 'model'} is one"):
+        load(never, above)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", '"x"', '{"version": 1}', "\xff\xfe"])
 def test_a_manifest_of_something_else_is_refused(text, saved, no_tensor_is_read):
     (saved[0] / "prune.json").write_bytes(text.encode("latin-1"))
