@@ -134,7 +134,8 @@ def _prose(rows: Sequence[Row], metric: str) -> list[str]:
     for cost in dict.fromkeys(row["cost"] for row in ended):
         said = [f"{r['result']} ({r['steps']} steps)" for r in ended if r["cost"] == cost]
         lines += [f"The best finalist at the end, {cost}: {', '.join(said)}.", ""]
-    held = [row for row in ended if "predicted" in row]
+    searched = [row for row in rows if row["what"] == "searched" and "predicted" in row]
+    held = {(row["seed"], row["cost"]): row for row in searched}.values()
     if held:
         kept = sum(r["held_in_search"] <= r["limit"] for r in held)
         off = [100 * abs(r["predicted"] / r["value"] - 1) for r in held]
