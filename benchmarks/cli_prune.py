@@ -19,6 +19,26 @@ DEBUG = (
     "Show the traceback of what your code raises in the middle, instead of writing it to a file."
 )
 EXTENSIONS = "my_module:function, found from the present folder or among installed modules"
+CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
+# Options of prune that scan and staircase have too.
+Metric = Annotated[
+    str,
+    typer.Option(
+        help="accuracy (percent), loss, or your own: module:function of a model -> number."
+    ),
+]
+Lower = Annotated[
+    bool, typer.Option("--lower-is-better", help="Of your own metric; else more is better.")
+]
+Loss = Annotated[str, typer.Option(help="module:function of (outputs, target).")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Layers that stay: names, or re:REGEX; repeat.")
+]
+Rows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows that a forward has, at most a test batch, the default."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:NUMBER.")]
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -68,32 +88,18 @@ def prune(
         typer.Option(help="channels, 2:4, 1:4, 1:8, 2:8 or 4:8; repeat to mix. Default: channels."),
     ] = None,
     multiple_of: Annotated[int, typer.Option(min=1, help="Of widths after channels.")] = 8,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="accuracy (percent), loss, or your own: module:function of a model -> number."
-        ),
-    ] = "accuracy",
-    lower: Annotated[
-        bool, typer.Option("--lower-is-better", help="Of your own metric; else more is better.")
-    ] = False,
-    loss: Annotated[
-        str, typer.Option(help="module:function of (outputs, target).")
-    ] = "torch.nn.functional:cross_entropy",
-    rows: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows that a forward has, at most a test batch, the default."),
-    ] = None,
+    metric: Metric = "accuracy",
+    lower: Lower = False,
+    loss: Loss = CROSS_ENTROPY,
+    rows: Rows = None,
     short: Annotated[int, typer.Option(min=0, help="Steps of training after each candidate.")] = 20,
     long: Annotated[int, typer.Option(min=0, help="Steps of training at the end.")] = 500,
     exchange: Annotated[
         int, typer.Option(min=0, help="Rounds of exchanging widths at the end, at the same cost.")
     ] = 4,
     rate: Annotated[float, typer.Option(help="Highest learning rate (Adam).")] = 1e-3,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay: names, or re:REGEX; repeat.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:NUMBER.")] = "cpu",
+    ignore: Ignore = None,
+    device: Device = "cpu",
     seed: Annotated[
         int, typer.Option(min=0, help="Of your functions, fine-tuning and search.")
     ] = 0,

@@ -7,18 +7,25 @@ from typing import Annotated
 
 import typer
 
-from slimgemm.benchmarks.cli_prune import DEBUG, EXTENSIONS, console_of, fail
+from slimgemm.benchmarks.cli_prune import (
+    CROSS_ENTROPY,
+    DEBUG,
+    EXTENSIONS,
+    Device,
+    Ignore,
+    Loss,
+    Lower,
+    Metric,
+    Rows,
+    console_of,
+    fail,
+)
 
 RATIOS = tuple(share / 10 for share in range(1, 10))
 Model = Annotated[str, typer.Argument(help=f"Makes the trained dense model: {EXTENSIONS}.")]
 Data = Annotated[
     str, typer.Argument(help="Makes (training loader, test loader) of (inputs, target): the same.")
 ]
-Rows = Annotated[
-    int | None,
-    typer.Option(min=1, help="Rows that a forward has, at most a test batch, the default."),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:NUMBER.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of your functions.")]
 
 
@@ -37,21 +44,10 @@ def scan(
     max_drop: Annotated[
         float, typer.Option(min=0, help="Threshold of the table and the picture.")
     ] = 1.0,
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="accuracy (percent), loss, or your own: module:function of a model -> number."
-        ),
-    ] = "accuracy",
-    lower: Annotated[
-        bool, typer.Option("--lower-is-better", help="Of your own metric; else more is better.")
-    ] = False,
-    loss: Annotated[
-        str, typer.Option(help="module:function of (outputs, target).")
-    ] = "torch.nn.functional:cross_entropy",
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Layers that stay: names, or re:REGEX; repeat.")
-    ] = None,
+    metric: Metric = "accuracy",
+    lower: Lower = False,
+    loss: Loss = CROSS_ENTROPY,
+    ignore: Ignore = None,
     rows: Rows = None,
     device: Device = "cpu",
     seed: Seed = 0,
