@@ -17,14 +17,19 @@ PROJECTIONS += [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 LINEARS = [f"model.layers.{i}.{name}" for i in range(2) for name in PROJECTIONS]
 
 
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+}
+
+
 def llama():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
+        **SIZES,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
     )
@@ -77,11 +82,8 @@ def test_heads_and_hidden_channels_shrink(tmp_path):
 def bert():
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
+        **SIZES,
         num_hidden_layers=2,
-        num_attention_heads=4,
         num_labels=3,
     )
     return lively(transformers.BertForSequenceClassification(config))
@@ -91,11 +93,8 @@ def untied(kind):
     """A decoder whose head is not its embedding; qwen3 has norms inside its heads."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
+        **SIZES,
         num_hidden_layers=1,
-        num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
         tie_word_embeddings=False,
